@@ -1,0 +1,84 @@
+# `make` alone lists what there is to do.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test bench faults lint clean
+
+PYTHON ?= python3
+# Where the CPU build of torch comes from on Linux, an index or a folder of wheels; empty: take the CUDA build.
+TORCH_CPU ?= https://download.pytorch.org/whl/cpu
+REQUIREMENTS := templates/requirements.outerbounds.txt templates/requirements-rayserve.txt requirements-dev.txt
+BIN := $(CURDIR)/.venv/bin
+
+help: ## list these targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+
+setup: .venv/ready ## make .venv with what the templates and their tests need
+
+.venv/ready: $(REQUIREMENTS)
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || {
+	  echo "make setup: needs Python 3.10 to 3.13; name one: make setup PYTHON=python3.11"; exit 1; }
+	log=$$(mktemp)
+	failed() { echo "make setup: $$1 ($$(grep -m1 -iE 'error' $$log || tail -n1 $$log)); the whole log: $$log"; rm -rf .venv; exit 1; }
+	echo "installing into .venv, a few minutes the first time ..."
+	rm -rf .venv
+	$(PYTHON) -m venv .venv > $$log 2>&1 || failed "cannot make .venv; on Debian install python3-venv"
+	torch=$$(grep -h '^torch==' templates/requirements.outerbounds.txt)
+	if [ "$$(uname -s)" = Linux ] && [ -n "$(TORCH_CPU)" ]; then
+	  case "$(TORCH_CPU)" in http*) from="--extra-index-url $(TORCH_CPU)" ;; *) from="--find-links $(TORCH_CPU)" ;; esac
+	  $(BIN)/pip install -q --retries 0 --timeout 5 --no-deps $$from "$$torch+cpu" > $$log 2>&1 ||
+	    echo "no CPU build of torch at $(TORCH_CPU): taking the default one, which is large"
+	fi
+	$(BIN)/pip install -q --retries 2 $(REQUIREMENTS:%=-r %) > $$log 2>&1 || failed "cannot install; is there a network?"
+	rm $$log
+	touch $@
+
+demo: setup ## train, export, serve and ask the translator, in a temporary folder; about a minute
+	@$(BIN)/python -c 'import socket; socket.create_server(("127.0.0.1", 8000))' 2>/dev/null || {
+	  echo "make demo: port 8000 is in use; stop what listens there (another demo? .venv/bin/ray stop)"; exit 1; }
+	folder=$$(mktemp -d)
+	server=
+	stop() { [ -z "$$server" ] || { kill -INT -- -$$server 2>/dev/null; wait $$server || true; }; rm -rf "$$folder"; }
+	trap stop EXIT
+	cp templates/*.* "$$folder"
+	cd "$$folder"
+	export PATH="$(BIN):$$PATH" METAFLOW_HOME="$$folder" METAFLOW_USER="$${USER:-demo}" RAY_ADDRESS=local
+	unset METAFLOW_PROFILE METAFLOW_DEFAULT_DATASTORE __REMOTE_CONFIG_HAS_BEEN_RESOLVED__
+	echo '$$ python template_flow.py run --offline True'
+	python template_flow.py run --offline True
+	echo '$$ python export_model.py'
+	python export_model.py
+	echo '$$ serve run template_ray_serve:translator_app --route-prefix "/translate"'
+	setsid serve run template_ray_serve:translator_app --route-prefix "/translate" > serve.log 2>&1 &
+	server=$$!
+	for _ in $$(seq 120); do
+	  python -c 'import urllib.request as u; u.urlopen("http://127.0.0.1:8000/translate/health", timeout=5)' 2>/dev/null && break
+	  kill -0 $$server 2>/dev/null || { cat serve.log; echo "make demo: the server did not start, see above"; exit 1; }
+	  sleep 1
+	done
+	echo '$$ curl -d '"'"'{"text": "Hello world!"}'"'"' -H "Content-Type: application/json" http://127.0.0.1:8000/translate'
+	python - <<-'END'
+	import json, urllib.request
+	body, header = json.dumps({"text": "Hello world!"}).encode(), {"Content-Type": "application/json"}
+	ask = urllib.request.Request("http://127.0.0.1:8000/translate", body, header)
+	answer = json.load(urllib.request.urlopen(ask, timeout=60))
+	print(json.dumps(answer, ensure_ascii=False))
+	assert answer == {"translation": "Bonjour le monde !"}
+	END
+
+test: setup ## run every test
+	@$(BIN)/python -m pytest
+
+bench: ## measure the server against its peers
+	@echo "make bench: not yet"; exit 2
+
+faults: ## break things under load and count what is lost
+	@echo "make faults: not yet"; exit 2
+
+lint: setup ## ruff and mypy over templates/ and tests/
+	@$(BIN)/ruff check templates tests
+	$(BIN)/mypy
+
+clean: ## remove what the other targets made
+	@rm -rf .venv model templates/model .metaflow wandb .*_cache templates/__pycache__ tests/__pycache__

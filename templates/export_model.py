@@ -1,0 +1,100 @@
+# export_model.py, version 0.1.0
+"""Write the model of the newest successful run of template_flow.py to the folder `model/`, ready to be served.
+
+    python export_model.py                      the newest run of yours
+    python export_model.py --run 1234           that run
+    python export_model.py --namespace ""       the newest run of anybody; "user:NAME", "production:TOKEN": theirs
+
+The folder appears complete or not at all. One that is there already stays, unless --replace is given.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+FLOW = "TemplateFlow"  # YOUR CODE: the name of your flow
+
+
+def find_run(run_id, namespace):
+    """Return the Metaflow run, by default the newest successful one; SystemExit with one line if there is none."""
+    import metaflow
+    from metaflow.exception import MetaflowInternalError, MetaflowNotFound
+
+    if namespace is not None:
+        metaflow.namespace(namespace or None)
+    place = f"in the namespace {metaflow.get_namespace() or 'of everybody'}"
+    try:
+        run = metaflow.Run(f"{FLOW}/{run_id}") if run_id else metaflow.Flow(FLOW).latest_successful_run
+    except (MetaflowNotFound, MetaflowInternalError):
+        run = None
+    except metaflow.exception.MetaflowNamespaceMismatch:
+        sys.exit(f'export_model.py: {FLOW} {run_id or ""} is somebody else\'s; add --namespace ""')
+    if run is None:
+        what = f"no run {run_id}" if run_id else "no successful run"
+        sys.exit(f"export_model.py: {what} of {FLOW} {place}; run `python template_flow.py run` first, in this folder")
+    if not run.successful:
+        sys.exit(f"export_model.py: run {run.id} of {FLOW} has not succeeded; choose another one, or `resume` it")
+    return run
+
+
+def readme(run, data):
+    """Return the text that tells where the model comes from."""
+    tags = {tag.partition(":")[0]: tag.partition(":")[2] for tag in run.system_tags}
+    library = json.loads(data.model["config.json"]).get("transformers_version", "unknown")
+    pairs = hashlib.sha256(json.dumps([data.training, data.held_out]).encode()).hexdigest()
+    return "\n".join([
+        f"# Model of run {run.pathspec}", "",
+        f"- finished: {run.finished_at:%Y-%m-%d %H:%M:%S}",
+        f"- pairs: {len(data.training)} to train on, {len(data.held_out)} held out, SHA-256 {pairs}",
+        *(f"- {name}: {score:.2f}" for name, score in data.scores.items()),
+        f"- parameters: {', '.join(f'{name} {getattr(data, name)!r}' for name in ('base_model', 'epochs', 'seed'))}",
+        f"- versions: transformers {library}, Metaflow {tags.get('metaflow_version')}, Python {tags.get('python_version')}",
+        "", "`known_answers.json` holds translations that the served model has to give again.", ""])
+
+
+def export(run, folder, replace):
+    """Write the run's model to `folder`, all at once, by renaming a complete one into place."""
+    if folder.exists() and not replace:
+        sys.exit(f"export_model.py: {folder} is there already; --replace overwrites it, --output writes elsewhere")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    data = run["evaluate"].task.data
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        new, old = Path(scratch, "new"), Path(scratch, "old")
+        new.mkdir()
+        for name, content in data.model.items():
+            (new / name).write_bytes(content)
+        if data.known_answers:
+            (new / "known_answers.json").write_text(json.dumps(data.known_answers, ensure_ascii=False, indent=1), "utf-8")
+        (new / "README.md").write_text(readme(run, data), "utf-8")
+        if folder.exists():
+            os.replace(folder, old)
+        try:
+            os.replace(new, folder)
+        except OSError:
+            if old.exists():
+                shutil.move(old, folder)
+            raise
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", help="id of the run")
+    parser.add_argument("--namespace", help='Metaflow namespace to look in; "" is everybody\'s')
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("model"), help="default: model/ here")
+    parser.add_argument("--replace", action="store_true", help="overwrite the folder")
+    arguments = parser.parse_args()
+    run = find_run(arguments.run, arguments.namespace)
+    try:
+        export(run, arguments.output, arguments.replace)
+    except OSError as error:
+        sys.exit(f"export_model.py: cannot write {arguments.output}: {error.strerror}")
+    print(f"{arguments.output}: the model of run {run.pathspec}")
+
+
+if __name__ == "__main__":
+    main()
