@@ -17,7 +17,7 @@ import re
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import ray
 import torch
@@ -28,7 +28,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ray import serve
 from ray.serve import metrics
 from starlette.exceptions import HTTPException as AnyHTTPException
-from starlette.requests import ClientDisconnect
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 # YOUR CODE: what your model expects before each sentence, and the model to fetch when there is no `model/`.
@@ -148,11 +147,11 @@ class Model:
 
 
 class Waiting(NamedTuple):
-    """A sentence that waits for (its translation, whether that was truncated)."""
+    """A sentence on its way to the model."""
 
     model: Model
     tokens: list[int]
-    answer: asyncio.Future
+    answer: asyncio.Future  # of (its translation, whether max_new_tokens cut that off)
 
 
 class Batcher:
@@ -162,40 +161,176 @@ class Batcher:
         # One thread, since torch keeps a team of OpenMP threads for each thread that calls it.
         self.thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))
         self.waiting: list[Waiting] = []
-        self.arrived = asyncio.Event()
-        self.task = asyncio.get_running_loop().create_task(self.work())
+        self.worker: asyncio.Task | None = None
         self.sizes = metrics.Histogram("translator_batch_size", boundaries=[1, 2, 4, 8, 16, 32, 64, 128])
         self.queue = metrics.Gauge("translator_waiting_sentences")
         self.tokens = metrics.Counter("translator_input_tokens")
-        self.sentences = metrics.Counter("translator_sentences", tag_keys=("outcome",))
+        self.truncated = metrics.Counter("translator_truncated_sentences")
 
-    async def translate(self, model: Model, text: str) -> tuple[str, bool]:
-        """The translation of a sentence, and whether max_new_tokens cut it off."""
-        self.waiting.append(one := Waiting(model, model.encode(text), asyncio.Future()))
-        self.arrived.set()
-        return await one.answer
+    async def translate(self, model: Model, tokens: list[int]) -> str:
+        """The translation of a sentence, given as token ids."""
+        one = Waiting(model, tokens, asyncio.get_running_loop().create_future())
+        self.waiting.append(one)
+        if not self.worker or self.worker.done():
+            self.worker = asyncio.create_task(self.work())
+        text, truncated = await one.answer
+        self.tokens.inc(len(tokens))
+        if truncated:
+            self.truncated.inc()
+        return text
 
     def take(self) -> list[Waiting]:
         """The sentence that waits longest and those nearest in length: little padding, and none starves."""
-        waiting = [one for one in self.waiting if not one.answer.cancelled()]  # cancelled: its client has left
-        first = waiting[:1]
-        fit = [one for one in waiting if one.model is first[0].model]
-        fit.sort(key=lambda one: abs(len(one.tokens) - len(first[0].tokens)))
-        batch = fit[: first[0].model.settings.max_batch_size] if first else []
-        taken = {id(one) for one in batch}
-        self.waiting = [one for one in waiting if id(one) not in taken]
+        self.waiting = [one for one in self.waiting if not one.answer.done()]  # done: its client has left
+        if not self.waiting:
+            return []
+        first = self.waiting[0]
+        alike = [one for one in self.waiting if one.model is first.model]
+        alike.sort(key=lambda one: abs(len(one.tokens) - len(first.tokens)))
+        batch = alike[: first.model.settings.max_batch_size]
+        self.waiting = [one for one in self.waiting if one not in batch]
+        self.queue.set(len(self.waiting))
+        self.sizes.observe(len(batch))
         return batch
 
     async def work(self) -> None:
-        """Whenever the model is free, give it a batch."""
-        loop, size, took = asyncio.get_running_loop(), 0, 0.0
-        while await self.arrived.wait():
-            for _ in range(10):  # who was just answered tends to ask again: wait a little for as many as then
-                if len(self.waiting) < size:
-                    await asyncio.sleep(took / 100)
-            start, batch = loop.time(), self.take()
-            if not batch:
-                self.arrived.clear()
-            for one, result in zip(batch, await loop.run_in_executor(self.thread, self.run, batch), strict=True):
-                ...
-            size, took = len(batch), loop.time() - start
+        """Give the model batch after batch until nobody waits."""
+        while batch := self.take():
+            results = await asyncio.get_running_loop().run_in_executor(self.thread, self.run, batch)
+            for one, result in zip(batch, results, strict=True):
+                if one.answer.done():
+                    continue
+                if isinstance(result, Exception):
+                    one.answer.set_exception(result)
+                else:
+                    one.answer.set_result(result)
+            if len(batch) > 1:  # those just answered tend to ask again: let them in before the next batch
+                await asyncio.sleep(0.005)
+
+    def run(self, batch: list[Waiting]) -> list:
+        """A result or an exception for each; a batch that fails is tried one by one, so none harms another."""
+        try:
+            return batch[0].model([one.tokens for one in batch])
+        except Exception as err:
+            return [err] if len(batch) == 1 else [self.run([one])[0] for one in batch]
+
+
+class Question(BaseModel):
+    """What is asked: one text, or several."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"example": {"text": "Hello world!"}})
+    text: str | list[str]
+
+
+class Answer(BaseModel):
+    """What comes back: the translation, or as many as there were texts, in their order."""
+
+    translation: str | list[str]
+
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Translator</title>
+<style>body{font:16px sans-serif;max-width:40em;margin:2em auto}textarea,pre{width:100%;box-sizing:border-box}
+pre{white-space:pre-wrap;background:#eee;padding:1em;min-height:3em}</style>
+<h1>Translator</h1><form><textarea rows="5" aria-label="Text">Hello world!</textarea>
+<p><button>Translate</button></form><pre aria-live="polite"></pre><script>
+document.forms[0].onsubmit = async event => {
+  event.preventDefault()
+  const out = document.querySelector("pre"), text = document.querySelector("textarea").value
+  out.textContent = "…"
+  try {
+    const reply = await fetch("", {method: "POST", headers: {"Content-Type": "application/json"},
+                                   body: JSON.stringify({text})})
+    const answer = await reply.json()
+    out.textContent = reply.ok ? answer.translation : answer.error.message
+  } catch (error) { out.textContent = error }
+}
+</script></html>"""
+
+api = FastAPI(title="Translator", redirect_slashes=False)
+
+
+class BothForms:
+    """Makes `/translate` mean `/translate/`: a redirect would answer a POST with nothing."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["path"] == scope.get("root_path"):
+            scope = {**scope, "path": scope["path"] + "/"}
+        await self.app(scope, receive, send)
+
+
+api.add_middleware(BothForms)
+
+
+@api.exception_handler(AnyHTTPException)
+async def refuse(_: Request, err: AnyHTTPException) -> JSONResponse:
+    """Every error has one shape, and none repeats what the client sent."""
+    error = {"error": {"code": err.status_code, "message": err.detail}}
+    return JSONResponse(error, err.status_code, err.headers)
+
+
+async def read(request: Request, limit: int) -> Question:
+    """The question in a request; HTTPException 413, 415 or 422 if there is none."""
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise HTTPException(415, "Send JSON with the header Content-Type: application/json.")
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > limit:
+            raise HTTPException(413, f"The body is larger than {limit} bytes.", {"Connection": "close"})
+    try:
+        return Question.model_validate_json(bytes(body))
+    except ValidationError:
+        raise HTTPException(422, 'Send {"text": "..."} or {"text": ["...", "..."]}, nothing else.') from None
+
+
+@serve.deployment(max_ongoing_requests=64, ray_actor_options={"num_cpus": 1}, user_config={})
+@serve.ingress(api)
+class Translator:
+    """Answers over HTTP; one replica holds one model."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.arguments = settings
+        self.batcher = Batcher(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Ray calls it at the start and with each new `user_config`; a fault keeps the version that serves."""
+        self.model = Model(Settings(**{**self.arguments, **user_config}))
+
+    @api.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def page(self) -> str:
+        return PAGE
+
+    @api.get("/health")
+    async def health(self) -> dict[str, str]:
+        return {"status": "ok"}
+
+    @api.post("/", response_model=Answer, openapi_extra={
+        "requestBody": {"required": True, "content": {"application/json": {"schema": Question.model_json_schema()}}}})
+    async def answer(self, request: Request) -> Answer:
+        """Translate one text or a list of texts."""
+        model, settings = self.model, self.model.settings
+        question = await read(request, settings.max_body_bytes)
+        texts = [question.text] if isinstance(question.text, str) else question.text
+        plans = model.plan(texts)
+        sentences = [part for plan in plans for part in plan[::2] if not blank(part)]
+        if len(self.batcher.waiting) + len(sentences) > settings.max_queue + settings.max_batch_size:
+            raise HTTPException(503, "Too many sentences are waiting; try again soon.", {"Retry-After": "1"})
+        jobs = [self.batcher.translate(model, model.encode(sentence)) for sentence in sentences]
+        try:
+            done = iter(await asyncio.wait_for(asyncio.gather(*jobs), settings.timeout_s))
+        except asyncio.TimeoutError:
+            raise HTTPException(504, f"Not done within {settings.timeout_s} seconds; try less text.") from None
+        out = ["".join(part if i % 2 or blank(part) else next(done) for i, part in enumerate(plan)) for plan in plans]
+        return Answer(translation=out[0] if isinstance(question.text, str) else out)
+
+
+def build(args: Settings) -> serve.Application:
+    """The application for `serve run template_ray_serve:build key=value ...`."""
+    return Translator.bind(args.model_dump())  # type: ignore[attr-defined]
+
+
+translator_app = build(Settings())

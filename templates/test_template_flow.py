@@ -4,6 +4,7 @@
 Each flow runs as a user runs it, as a command, in a temporary folder and with none of your Metaflow or W&B settings.
 """
 
+import base64
 import json
 import os
 import pickle
@@ -50,9 +51,11 @@ sys.stdout.buffer.write(pickle.dumps({{artifact.id: artifact.data for artifact i
 
 
 def cards(folder, step):
-    """The HTML cards of the newest run's step."""
+    """What the HTML cards of the newest run's step show, as JSON."""
     newest = max((folder / ".metaflow/mf.cards/TemplateFlow/runs").iterdir(), key=lambda path: int(path.name))
-    return [file.read_text("utf-8") for file in newest.glob(f"steps/{step}/tasks/*/cards/*.html")]
+    files = newest.glob(f"steps/{step}/tasks/*/cards/*.html")
+    data = [re.findall(r'__MF_DATA__\["[^"]+"\] = "([^"]+)"', file.read_text("utf-8")) for file in files]
+    return [json.dumps(json.loads(base64.b64decode(each)), ensure_ascii=False) for one in data for each in one]
 
 
 def pairs_file(path, pairs):
@@ -90,8 +93,7 @@ def test_demo_says_what_came_out_and_what_comes_next(demo):
 def test_training_card_draws_the_losses_of_this_run(demo):
     losses = artifacts(demo[0], "train")["losses"]
     assert len(losses) >= 20 and losses[-1]["loss"] < losses[0]["loss"] / 50
-    assert any(json.dumps(losses[0])[1:-1] in card.replace("&quot;", '"') or str(losses[0]["loss"]) in card
-               for card in cards(demo[0], "train"))
+    assert any(json.dumps(losses) in card and "W&B: offline" in card for card in cards(demo[0], "train"))
 
 
 def test_evaluation_card_shows_samples(demo):
@@ -115,15 +117,14 @@ def test_finetunes_a_given_model_on_given_pairs(demo, tmp_path):
     base.mkdir()
     for name, content in artifacts(demo[0], "train")["model"].items():
         (base / name).write_bytes(content)
-    nouns = {"cat": "chat", "dog": "chien", "book": "livre", "hat": "chapeau", "boat": "bateau", "tree": "arbre"}
-    pairs = [(f"{n} {number}", f"{nouns[n]} {number}") for n in nouns for number in range(40)]
+    pairs = [(source, f"{target} (fr)") for source, target in template_flow.demo_pairs()]
     data = pairs_file(tmp_path / "pairs.tsv", pairs)
-    code, output = run(tmp_path, "--data", data, "--base-model", str(base), "--epochs", "100", "--seconds", "15")
+    code, output = run(tmp_path, "--data", data, "--base-model", str(base), "--epochs", "100", "--seconds", "10")
     assert code == 0, output
     found = artifacts(tmp_path, "evaluate")
-    assert {tuple(pair) for pair in found["training"]} | {tuple(pair) for pair in found["held_out"]} == set(pairs)
+    assert sorted(found["training"] + found["held_out"]) == sorted(pairs)
     assert found["model"]["tokenizer.json"] == (base / "tokenizer.json").read_bytes()
-    assert found["scores"]["chrf"] > found["scores"]["chrf_of_copying"]
+    assert found["scores"]["exact_match"] > 80  # 0 before
 
 
 HEADER = b"source\ttarget\n"
