@@ -53,7 +53,8 @@ def readme(run, data):
         f"- pairs: {len(data.training)} to train on, {len(data.held_out)} held out, SHA-256 {pairs}",
         *(f"- {name}: {score:.2f}" for name, score in data.scores.items()),
         f"- parameters: {', '.join(f'{name} {getattr(data, name)!r}' for name in ('base_model', 'epochs', 'seed'))}",
-        f"- versions: transformers {library}, Metaflow {tags.get('metaflow_version')}, Python {tags.get('python_version')}",
+        *(f"- {name}: {value}" for name, value in tags.items() if name in ("metaflow_version", "python_version")),
+        f"- transformers_version: {library}",
         "", "`known_answers.json` holds translations that the served model has to give again.", ""])
 
 
@@ -69,7 +70,8 @@ def export(run, folder, replace):
         for name, content in data.model.items():
             (new / name).write_bytes(content)
         if data.known_answers:
-            (new / "known_answers.json").write_text(json.dumps(data.known_answers, ensure_ascii=False, indent=1), "utf-8")
+            answers = json.dumps(data.known_answers, ensure_ascii=False, indent=1)
+            (new / "known_answers.json").write_text(answers, "utf-8")
         (new / "README.md").write_text(readme(run, data), "utf-8")
         if folder.exists():
             os.replace(folder, old)

@@ -25,7 +25,7 @@ from metaflow.exception import MetaflowException
 from metaflow.metaflow_config import DEFAULT_DATASTORE, DEFAULT_ENVIRONMENT
 
 IMAGE = None  # YOUR CODE: "registry/name@sha256:...", built from Dockerfile; None: @pypi brings the packages
-SECRETS = []  # YOUR CODE: names of secrets that hold WANDB_API_KEY, such as ["outerbounds.wandb"]; never a key
+SECRETS: list[str] = []  # YOUR CODE: names of secrets that hold WANDB_API_KEY, such as ["outerbounds.wandb"]; never a key
 CRON = None  # YOUR CODE: when a deployed flow starts by itself, such as "0 6 * * 1"; None: never
 SCHEDULED = "argo-workflows" in sys.argv or "ARGO_WORKFLOW_NAME" in os.environ
 ON_CPU = kubernetes(image=IMAGE, cpu=2, memory=8_000, disk=10_000)  # memory and disk in MB
@@ -249,7 +249,7 @@ class TemplateFlow(FlowSpec):
             log = fit(model, tokenizer, self.training, current.checkpoint.directory,
                       found in (current.run_id, current.origin_run_id), current.checkpoint.save, self.seconds,
                       num_train_epochs=self.epochs, seed=self.seed, learning_rate=3e-4 if self.base_model else 5e-3)
-            current.card.append(Markdown(f"# Training of run {current.run_id}\nW&B: {'offline' if run.offline else run.url}"))
+            current.card.append(Markdown(f"# Run {current.run_id}\nW&B: {'offline' if run.offline else run.url}"))
             # YOUR CODE: log your own numbers: run.log({"name": 1.0})
         self.losses = [{"step": line["step"], "loss": float(line["loss"])} for line in log if "loss" in line]
         axes = {axis: {"field": name, "type": "quantitative"} for axis, name in {"x": "step", "y": "loss"}.items()}
