@@ -25,7 +25,7 @@ from metaflow.exception import MetaflowException
 from metaflow.metaflow_config import DEFAULT_DATASTORE, DEFAULT_ENVIRONMENT
 
 IMAGE = None  # YOUR CODE: "registry/name@sha256:...", built from Dockerfile; None: @pypi brings the packages
-SECRETS: list[str] = []  # YOUR CODE: names of secrets that hold WANDB_API_KEY, such as ["outerbounds.wandb"]; never a key
+SECRETS: list[str] = []  # YOUR CODE: names of secrets with WANDB_API_KEY, as ["outerbounds.wandb"]; never a key
 CRON = None  # YOUR CODE: when a deployed flow starts by itself, such as "0 6 * * 1"; None: never
 SCHEDULED = "argo-workflows" in sys.argv or "ARGO_WORKFLOW_NAME" in os.environ
 ON_CPU = kubernetes(image=IMAGE, cpu=2, memory=8_000, disk=10_000)  # memory and disk in MB
@@ -156,13 +156,13 @@ def load_model(place):
 
 # YOUR CODE: build your own model, with its own vocabulary
 def new_model(pairs):
-    """Return (model, tokenizer), a T5 of 0.3 million parameters and a byte-level BPE of 600 tokens."""
+    """Return (model, tokenizer), a T5 of 0.3 million parameters and a byte-level BPE of 1000 tokens at most."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     hf, byte_level = importlib.import_module("transformers"), pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = byte_level, decoders.ByteLevel()
     bpe.train_from_iterator((text for s, t in pairs for text in (PREFIX + s, t)), trainers.BpeTrainer(
-        vocab_size=600, special_tokens=["<pad>", "</s>"], initial_alphabet=byte_level.alphabet(), show_progress=False))
+        vocab_size=1000, special_tokens=["<pad>", "</s>"], initial_alphabet=byte_level.alphabet(), show_progress=False))
     bpe.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return hf.T5ForConditionalGeneration(hf.T5Config(
         vocab_size=bpe.get_vocab_size(), d_model=64, d_kv=16, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0,

@@ -109,7 +109,7 @@ class Model:
 
     def plan(self, texts: list[str]) -> list[list[str]]:
         """Each text as [sentence, gap, sentence, ...]; a blank text as an empty one."""
-        count, limit = sum(map(len, self.tokenizer(texts)["input_ids"])), self.settings.max_request_tokens
+        count, limit = sum(len(self.tokenizer(text)["input_ids"]) for text in texts), self.settings.max_request_tokens
         if count > limit:
             raise HTTPException(413, f"The request has {count} tokens; the limit is {limit}.")
         return [[""] if blank(text) else self.fitting(text) for text in texts]

@@ -16,15 +16,16 @@ from pathlib import Path
 import pytest
 
 FLOW = Path(__file__).with_name("template_flow.py")
-os.environ.setdefault("METAFLOW_USER", "test")
+for setting in [name for name in os.environ if re.match("_*(METAFLOW|WANDB|REMOTE_CONFIG)", name)]:
+    del os.environ[setting]  # yours must not change what is tested
+os.environ.update({"METAFLOW_USER": "test", "HF_HUB_OFFLINE": "1"})
 
-import template_flow  # noqa: E402  (Metaflow wants to know a user before it is imported)
+import template_flow  # noqa: E402  (Metaflow reads the environment when it is imported)
 
 
 def clean_environment(folder):
-    """The environment without settings of the caller, with nothing outside `folder`."""
-    kept = {name: value for name, value in os.environ.items() if not re.match("_*(METAFLOW|WANDB|REMOTE_CONFIG)", name)}
-    return {**kept, "METAFLOW_HOME": str(folder / "none"), "METAFLOW_USER": "test", "HF_HUB_OFFLINE": "1"}
+    """The environment in which everything that Metaflow writes goes to `folder`."""
+    return {**os.environ, "METAFLOW_HOME": str(folder / "none"), "METAFLOW_CLIENT_CACHE_PATH": str(folder / "cache")}
 
 
 def run(folder, *arguments, command=("run",), flow=FLOW, **environment):

@@ -1,0 +1,27 @@
+"""What every test run of this repository shares."""
+
+import os
+
+import pytest
+
+
+def pytest_collection_modifyitems(items):
+    """Keep the tests of one file on one worker, so that what they share is made once."""
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
+def pytest_configure():
+    # Two workers that each start a team of threads per core would only wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Where NO_SKIP is set, a skipped test has failed."""
+    report = yield
+    if report.skipped and os.environ.get("NO_SKIP"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, which NO_SKIP forbids: {call.excinfo.value}"
+    return report
