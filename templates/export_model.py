@@ -23,20 +23,19 @@ FLOW = "TemplateFlow"  # YOUR CODE: the name of your flow
 def find_run(run_id, namespace):
     """Return the Metaflow run, by default the newest successful one; SystemExit with one line if there is none."""
     import metaflow
-    from metaflow.exception import MetaflowInternalError, MetaflowNotFound
+    from metaflow.exception import MetaflowInternalError, MetaflowNamespaceMismatch, MetaflowNotFound
 
     if namespace is not None:
         metaflow.namespace(namespace or None)
-    place = f"in the namespace {metaflow.get_namespace() or 'of everybody'}"
+    what = f"{f'run {run_id}' if run_id else 'successful run'} of {FLOW}"
     try:
         run = metaflow.Run(f"{FLOW}/{run_id}") if run_id else metaflow.Flow(FLOW).latest_successful_run
     except (MetaflowNotFound, MetaflowInternalError):
         run = None
-    except metaflow.exception.MetaflowNamespaceMismatch:
-        sys.exit(f'export_model.py: {FLOW} {run_id or ""} is somebody else\'s; add --namespace ""')
+    except MetaflowNamespaceMismatch:
+        sys.exit(f'export_model.py: no {what} in the namespace {metaflow.get_namespace()}; add --namespace "" for all')
     if run is None:
-        what = f"no run {run_id}" if run_id else "no successful run"
-        sys.exit(f"export_model.py: {what} of {FLOW} {place}; run `python template_flow.py run` first, in this folder")
+        sys.exit(f"export_model.py: no {what}; run `python template_flow.py run` first, in this folder")
     if not run.successful:
         sys.exit(f"export_model.py: run {run.id} of {FLOW} has not succeeded; choose another one, or `resume` it")
     return run
@@ -95,7 +94,7 @@ def main():
         export(run, arguments.output, arguments.replace)
     except OSError as error:
         sys.exit(f"export_model.py: cannot write {arguments.output}: {error.strerror}")
-    print(f"{arguments.output}: the model of run {run.pathspec}")
+    print(f"{os.path.relpath(arguments.output)}: the model of run {run.pathspec}")
 
 
 if __name__ == "__main__":

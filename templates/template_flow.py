@@ -18,8 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from metaflow import Config, FlowMutator, FlowSpec, Parameter, card, checkpoint, current, kubernetes, nvidia
-from metaflow import pypi, requirements_txt_parser, retry, schedule, secrets, step
+from metaflow import Checkpoint, Config, FlowMutator, FlowSpec, Parameter, Step, card, checkpoint, current, kubernetes
+from metaflow import nvidia, pypi, requirements_txt_parser, retry, schedule, secrets, step
 from metaflow.cards import Markdown, Table, VegaChart
 from metaflow.exception import MetaflowException
 from metaflow.metaflow_config import DEFAULT_DATASTORE, DEFAULT_ENVIRONMENT
@@ -171,24 +171,24 @@ def new_model(pairs):
 
 
 # YOUR CODE: train your own model
-def fit(model, tokenizer, pairs, folder, resume, save, seconds, **arguments):
-    """Train `model` in place and return what was logged; with `resume` go on from the newest checkpoint in `folder`."""
+def fit(model, tokenizer, pairs, checkpoints, seconds, **arguments):
+    """Train `model` in place, on from the checkpoint in the directory if there is one, and return what was logged."""
     hf, begin = importlib.import_module("transformers"), time.monotonic()
 
     class Watch(hf.TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             control.should_training_stop |= 0 < seconds < time.monotonic() - begin
         def on_save(self, args, state, control, **_):
-            save()
+            checkpoints.save()
     def collate(rows):
         labels = tokenizer([target for _, target in rows], **TENSORS).input_ids
         return {**tokenizer([PREFIX + source for source, _ in rows], **TENSORS),
                 "labels": labels.masked_fill(labels == tokenizer.pad_token_id, -100)}  # -100: not in the loss
     trainer = hf.Trainer(model, hf.TrainingArguments(  # picks CUDA, MPS or CPU by itself
-        folder, per_device_train_batch_size=BATCH, warmup_steps=20, logging_steps=0.04, save_steps=0.1,
-        save_total_limit=1, disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
+        checkpoints.directory, per_device_train_batch_size=BATCH, warmup_steps=20, logging_steps=0.04,
+        save_steps=0.1, save_total_limit=1, disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
         report_to=["wandb"], **arguments), train_dataset=pairs, data_collator=collate, callbacks=[Watch])
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=any(Path(checkpoints.directory).glob("checkpoint-*")))
     return trainer.state.log_history
 
 
@@ -234,7 +234,7 @@ class TemplateFlow(FlowSpec):
         self.next(self.train)
 
     @retry(times=2)
-    @checkpoint(load_policy="eager", show_card=False)
+    @checkpoint(show_card=False)
     @card(type="blank")
     @secrets(sources=SECRETS)
     @ON_GPU
@@ -244,11 +244,12 @@ class TemplateFlow(FlowSpec):
         """Train; after a crash, `@retry` and `resume` go on from the last checkpoint."""
         importlib.import_module("transformers").set_seed(self.seed)
         model, tokenizer = load_model(self.base_model) if self.base_model else new_model(self.training)
-        found = current.checkpoint.is_loaded and current.checkpoint.info.pathspec.split("/")[1]
+        unfinished = Step(f"{current.flow_name}/{current.origin_run_id}/train") if current.origin_run_id else []
+        for saved in [saved for task in unfinished for saved in Checkpoint().list(task=task)[:1]]:
+            Checkpoint().load(saved, current.checkpoint.directory)
         with tracked(self.offline, pairs=len(self.training)) as run:
-            log = fit(model, tokenizer, self.training, current.checkpoint.directory,
-                      found in (current.run_id, current.origin_run_id), current.checkpoint.save, self.seconds,
-                      num_train_epochs=self.epochs, seed=self.seed, learning_rate=3e-4 if self.base_model else 5e-3)
+            log = fit(model, tokenizer, self.training, current.checkpoint, self.seconds, seed=self.seed,
+                      num_train_epochs=self.epochs, learning_rate=3e-4 if self.base_model else 5e-3)
             current.card.append(Markdown(f"# Run {current.run_id}\nW&B: {'offline' if run.offline else run.url}"))
             # YOUR CODE: log your own numbers: run.log({"name": 1.0})
         self.losses = [{"step": line["step"], "loss": float(line["loss"])} for line in log if "loss" in line]

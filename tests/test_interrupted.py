@@ -1,0 +1,71 @@
+"""A training that is killed goes on from its last checkpoint and ends as if nothing had happened."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from test_template_flow import FLOW, artifacts, clean_environment, run
+
+TRAINING = ("run", "--epochs", "8")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    code, output = run(folder, *TRAINING[1:])
+    assert code == 0, output
+    return artifacts(folder, "train")
+
+
+def killed(folder, *options):
+    """Run the flow, kill -9 the task of `train` after epoch 4; return (exit code, everything it printed)."""
+    process = subprocess.Popen([sys.executable, str(FLOW), "--no-pylint", *TRAINING, *options], cwd=folder, text=True,
+                               encoding="utf-8", env=clean_environment(folder), stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, start_new_session=True)
+    output, victim = "", None
+    try:
+        for line in process.stdout:
+            output += line
+            task = re.search(r"train/\S+ \(pid (\d+)\)\] .*'epoch': '([\d.]+)'", line)
+            if task and not victim and float(task[2]) > 4:
+                victim = int(task[1])
+                os.kill(victim, signal.SIGKILL)
+        return process.wait(timeout=200), output
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def epochs(output):
+    return [float(epoch) for epoch in re.findall(r"'loss'.*'epoch': '([\d.]+)'", output)]
+
+
+def test_resume_goes_on_from_the_last_checkpoint(tmp_path, unbroken):
+    code, output = killed(tmp_path)
+    assert code != 0 and max(epochs(output)) > 4, output
+    code, output = run(tmp_path, command=("resume",))
+    assert code == 0, output
+    assert 3 < min(epochs(output)) < 5 and max(epochs(output)) == 8  # no epoch before the checkpoint again
+    found = artifacts(tmp_path, "train")
+    assert found["model"]["model.safetensors"] == unbroken["model"]["model.safetensors"]
+    assert found["losses"][-3:] == unbroken["losses"][-3:]
+
+
+def test_retry_goes_on_from_the_last_checkpoint(tmp_path, unbroken):
+    code, output = killed(tmp_path, "--with", "retry:times=1,minutes_between_retries=0")
+    assert code == 0, output
+    done = epochs(output)
+    restart = next(i for i in range(1, len(done)) if done[i] <= done[i - 1])
+    assert min(done[restart:]) > 3 and max(done) == 8
+    assert artifacts(tmp_path, "train")["model"]["model.safetensors"] == unbroken["model"]["model.safetensors"]
+    assert output.count("wandb sync") == 2  # one of the second attempt at train, one of evaluate
+
+
+def test_a_new_run_takes_nothing_from_an_older_one(tmp_path, unbroken):
+    for _ in range(2):
+        code, output = run(tmp_path, *TRAINING[1:])
+        assert code == 0 and min(epochs(output)) < 1, output
+    assert artifacts(tmp_path, "train")["model"]["model.safetensors"] == unbroken["model"]["model.safetensors"]
