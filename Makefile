@@ -37,13 +37,14 @@ setup: .venv/ready ## make .venv with what the templates and their tests need
 demo: setup ## train, export, serve and ask the translator, in a temporary folder; about a minute
 	@$(BIN)/python -c 'import socket; socket.create_server(("127.0.0.1", 8000))' 2>/dev/null || {
 	  echo "make demo: port 8000 is in use; stop what listens there (another demo? .venv/bin/ray stop)"; exit 1; }
-	folder=$$(mktemp -d)
+	folder=$$(mktemp -d /tmp/demo.XXXXXX) # short: Ray puts sockets there, whose paths are limited
 	server=
-	stop() { [ -z "$$server" ] || { kill -TERM -- -$$server 2>/dev/null; wait $$server || true; }; rm -rf "$$folder"; }
+	stop() { [ -z "$$server" ] || { kill $$server 2>/dev/null; wait $$server || true; }; rm -rf "$$folder"; }
 	trap stop EXIT
 	cp templates/*.* "$$folder"
 	cd "$$folder"
-	export PATH="$(BIN):$$PATH" METAFLOW_HOME="$$folder" METAFLOW_USER="$${USER:-demo}" RAY_ADDRESS=local
+	export PATH="$(BIN):$$PATH" METAFLOW_HOME="$$folder" METAFLOW_USER="$${USER:-demo}" RAY_ADDRESS=local RAY_TMPDIR="$$folder"
+	export OMP_NUM_THREADS=1 # as fast for so small a model, and not slowed down by what else runs
 	unset METAFLOW_PROFILE METAFLOW_DEFAULT_DATASTORE __REMOTE_CONFIG_HAS_BEEN_RESOLVED__
 	echo '$$ python template_flow.py run --offline True'
 	python template_flow.py run --offline True

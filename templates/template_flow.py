@@ -51,12 +51,13 @@ class Placement(FlowMutator):
                 if DEFAULT_DATASTORE == "local" or (decorator == "pypi" and IMAGE and each.has_decorator("kubernetes")):
                     each.remove_decorator(decorator)
             on = {decorator: arguments for decorator, _, _, arguments in each.decorator_specs}
-            listed = set({**on.get("conda", {}), **on.get("pypi", {})}.get("packages", {}))
+            listed = {**on.get("conda", {}), **on.get("pypi", {})}.get("packages", {})
+            lacks = sorted(needed - set(listed() if callable(listed) else listed))  # a call gives a Config's value
             for wrong, line in (
                 ("nvidia" in on and SCHEDULED, "@nvidia cannot be scheduled; use @kubernetes(gpu=1, memory=16_000)"),
-                ("nvidia" in on and needed - listed, f"@nvidia has what @pypi lists, add: {sorted(needed - listed)}"),
-                (environment in ("pypi", "conda") and listed and on.get("kubernetes", {}).get("image"),
-                 f"--environment={environment} hides the packages of the image; drop image= or @pypi/@conda"),
+                ("nvidia" in on and lacks, f"@nvidia has what @pypi lists, add: {lacks}"),
+                (environment in ("pypi", "conda") and on.get("kubernetes", {}).get("image"),
+                 f"--environment={environment} hides the packages of the image; drop image= or --environment"),
             ):
                 if wrong:
                     raise Stop(f"step {name}: {line}")
@@ -79,24 +80,23 @@ def tracked(offline, **config):
     else:
         require_wandb()
     path = [current.flow_name, current.run_id, current.step_name]
-    options = {
-        "id": "-".join([*path, current.task_id]), "name": "/".join(path[1:]), "group": "/".join(path[:2]), "tags": path,
-        "resume": "allow", "config": {**config, "run": path[1], "resumed_from": current.origin_run_id},
-        "settings": wandb.Settings(init_timeout=15, finish_timeout=15, console="off", silent=True)}
+    options = dict(id="-".join([*path, current.task_id]), name="/".join(path[1:]), group="/".join(path[:2]), tags=path,
+                   resume="allow", config={**config, "run": path[1], "resumed_from": current.origin_run_id},
+                   settings=wandb.Settings(init_timeout=15, finish_timeout=15, console="off", silent=True))
     try:
         run = wandb.init(**options)
     except wandb.Error as error:
         print(f"W&B is out of reach, going on offline: {' '.join(str(error).split())}")
+        wandb.teardown()  # the next init would meet what is left of this one, and its mode
         os.environ["WANDB_MODE"] = "offline"
         run = wandb.init(**options)
-    print("W&B mode:", os.environ.get("WANDB_MODE") or "online")
-    failed = 1
+    print("W&B mode:", "disabled" if run.disabled else "offline" if run.offline else f"online, {run.url}")
     try:
         yield run
-        failed = 0
     finally:
-        run.finish(exit_code=failed)
-        print(f"To send it to W&B later: wandb sync {Path(run.dir).parent}" if run.offline else f"W&B run: {run.url}")
+        run.finish(exit_code=int(any(sys.exc_info())))  # 1 where the lines in the `with` failed
+        if not run.disabled:
+            print("To send W&B what it has not got: wandb sync", run.sync_dir)
 
 
 # YOUR CODE: read and check your own data
@@ -174,7 +174,6 @@ def new_model(pairs):
 def fit(model, tokenizer, pairs, checkpoints, seconds, **arguments):
     """Train `model` in place, on from the checkpoint in the directory if there is one, and return what was logged."""
     hf, begin = importlib.import_module("transformers"), time.monotonic()
-
     class Watch(hf.TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             control.should_training_stop |= 0 < seconds < time.monotonic() - begin

@@ -16,7 +16,7 @@ import re
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import ray
 import torch
@@ -35,7 +35,7 @@ HUB_MODEL, HUB_REVISION = "google-t5/t5-small", "df1b051c49625cf57a3d0d8d3863ed4
 
 
 class Settings(BaseModel):
-    """All you can set: `key=value` after `template_ray_serve:build`, or `user_config` in the YAML file."""
+    """All you can set: `key=value` after `template_ray_serve:build`, or `args` in serve_config.yaml."""
     model_config = ConfigDict(extra="forbid")
     model: str = Field("", description="Folder or hub name; empty: `model/` beside this file, or HUB_MODEL")
     revision: str | None = Field(None, description="Commit of a hub model; pin it, for its files can change")
@@ -46,6 +46,7 @@ class Settings(BaseModel):
     max_new_tokens: int = Field(256, ge=1, le=4096, description="Longest translation of one sentence")
     max_request_tokens: int = Field(10_000, ge=1, description="A longer request gets 413")
     max_body_bytes: int = Field(256 * 1024, ge=1, description="A larger body gets 413 and is not read on")
+    body_timeout_s: float = Field(10, gt=0, description="A body that has not arrived by then gets 408")
     max_queue: int = Field(256, ge=1, description="With so many sentences waiting, new requests get 503")
     timeout_s: float = Field(50, gt=0, description="A request not done by then gets 504")
 
@@ -80,9 +81,10 @@ class Model:
         try:
             self.settings, self.tokenizer = settings, AutoTokenizer.from_pretrained(name, revision=revision)
             self.model = AutoModelForSeq2SeqLM.from_pretrained(name, revision=revision, dtype=settings.precision).eval()
-        except (OSError, ValueError) as err:
+        except Exception as err:  # many kinds: no folder, no hub, a broken file, a package that this tokenizer needs
+            reason = (str(err).splitlines() or [repr(err)])[0]
             raise RuntimeError(
-                f"no usable model {name!r} ({str(err).splitlines()[0]}): make one (`python template_flow.py run` and "
+                f"no usable model {name!r} ({reason}): make one (`python template_flow.py run` and "
                 "`python export_model.py`), or name one (`serve run template_ray_serve:build model=PATH`)") from None
         if len(self.encode("")) > settings.max_sentence_tokens // 2:
             raise RuntimeError("prefix: takes more than half of max_sentence_tokens")
@@ -107,12 +109,13 @@ class Model:
                 parts[i : i + 1] = [*self.fitting(part[:start]), part[start:end], *self.fitting(part[end:])]
         return parts
 
-    def plan(self, texts: list[str]) -> list[list[str]]:
-        """Each text as [sentence, gap, sentence, ...]; a blank text as an empty one."""
-        count, limit = sum(len(self.tokenizer(text)["input_ids"]) for text in texts), self.settings.max_request_tokens
+    def plan(self, texts: list[str]) -> tuple[list[list[str]], list[list[int]]]:
+        """Each text as [sentence, gap, sentence, ...], and the tokens of each sentence that is not blank."""
+        count, limit = sum(len(self.encode(text)) for text in texts), self.settings.max_request_tokens
         if count > limit:
             raise HTTPException(413, f"The request has {count} tokens; the limit is {limit}.")
-        return [[""] if blank(text) else self.fitting(text) for text in texts]
+        plans = [[""] if blank(text) else self.fitting(text) for text in texts]
+        return plans, [self.encode(part) for plan in plans for part in plan[::2] if not blank(part)]
 
     def __call__(self, batch: list[list[int]]) -> list[tuple[str, bool]]:
         """For the tokens of each sentence, its translation, and whether max_new_tokens cut that off."""
@@ -127,75 +130,69 @@ class Model:
 
 class Waiting(NamedTuple):
     """A sentence on its way to the model."""
-    model: Model
     tokens: list[int]
     answer: asyncio.Future  # of (its translation, whether max_new_tokens cut that off)
 
 
 class Batcher:
     """Runs the model on one thread, each time on the sentences that came in while it was busy."""
-    def __init__(self, threads: int) -> None:
+    def __init__(self, model: Model, threads: int) -> None:
         # One thread, since torch keeps a team of OpenMP threads for each thread that calls it.
         self.thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))
+        self.model, self.size = model, model.settings.max_batch_size
         self.waiting: list[Waiting] = []
         self.worker: asyncio.Task | None = None
         self.sizes = metrics.Histogram("translator_batch_size", boundaries=[1, 2, 4, 8, 16, 32, 64, 128])
         self.tokens = metrics.Counter("translator_input_tokens")
-        self.truncated = metrics.Counter("translator_truncated_sentences")
+        self.cut = metrics.Counter("translator_cut_sentences")
 
-    async def translate(self, model: Model, tokens: list[int]) -> str:
-        """The translation of a sentence, given as token ids."""
-        one = Waiting(model, tokens, asyncio.get_running_loop().create_future())
-        self.waiting.append(one)
+    def put(self, tokens: list[int]) -> asyncio.Future:
+        """Queue a sentence; cancel what comes back, and the model never sees it."""
+        self.waiting.append(Waiting(tokens, asyncio.get_running_loop().create_future()))
         if not self.worker or self.worker.done():
             self.worker = asyncio.create_task(self.work())
-        result = await one.answer
-        if isinstance(result, Exception):
-            raise result
-        self.tokens.inc(len(tokens))
-        if result[1]:
-            self.truncated.inc()
-        return result[0]
+        return self.waiting[-1].answer
 
     def take(self) -> list[Waiting]:
         """The sentence that waits longest and those nearest in length: little padding, and none starves."""
         self.waiting = [one for one in self.waiting if not one.answer.done()]  # done: its client has left
-        if not self.waiting:
-            return []
-        model, length = self.waiting[0].model, len(self.waiting[0].tokens)
-        alike = sorted(self.waiting, key=lambda one: (one.model is not model, abs(len(one.tokens) - length)))
-        batch = [one for one in alike[: model.settings.max_batch_size] if one.model is model]
-        self.waiting = [one for one in self.waiting if one not in batch]
-        self.sizes.observe(len(batch))
+        length = len(self.waiting[0].tokens) if self.waiting else 0
+        batch = sorted(self.waiting, key=lambda one: abs(len(one.tokens) - length))[: self.size]
+        taken = {one.answer for one in batch}
+        self.waiting = [one for one in self.waiting if one.answer not in taken]
         return batch
 
     async def work(self) -> None:
         """Give the model batch after batch until nobody waits."""
         while batch := self.take():
-            results = await asyncio.get_running_loop().run_in_executor(self.thread, self.run, batch)
+            tokens = [one.tokens for one in batch]
+            results = await asyncio.get_running_loop().run_in_executor(self.thread, self.run, tokens)
             for one, result in zip(batch, results, strict=True):
                 if not one.answer.done():
                     one.answer.set_result(result)
+            self.sizes.observe(len(batch))
+            self.tokens.inc(sum(map(len, tokens)))
             if len(batch) > 1:  # those just answered tend to ask again: let them in before the next batch
                 await asyncio.sleep(0.005)
 
-    def run(self, batch: list[Waiting]) -> list:
+    def run(self, batch: list[list[int]]) -> list:
         """A result or an exception for each; a batch that fails is tried one by one, so none harms another."""
         try:
-            return batch[0].model([one.tokens for one in batch])
+            return self.model(batch)
         except Exception as err:
-            return [err] if len(batch) == 1 else [self.run([one])[0] for one in batch]
+            return [err] if len(batch) == 1 else [self.run([tokens])[0] for tokens in batch]
 
 
 class Question(BaseModel):
     """What is asked: one text, or several."""
     model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"example": {"text": "Hello world!"}})
-    text: str | list[str]
+    text: str | Annotated[list[str], Field(max_length=1000)]
 
 
 class Answer(BaseModel):
     """What comes back: the translation, or as many as there were texts, in their order."""
     translation: str | list[str]
+    cut_sentences: int = Field(0, description="Sentences whose translation was cut at max_new_tokens; left out if none")
 
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Translator</title>
@@ -222,6 +219,7 @@ class BothForms:
         await self.app({**scope, "path": scope["path"] + "/"} if bare else scope, *channels)
 
 
+CLOSE = {"Connection": "close"}  # the rest of such a body is not worth reading
 api = FastAPI(title="Translator", redirect_slashes=False)
 api.add_middleware(BothForms)
 
@@ -229,8 +227,7 @@ api.add_middleware(BothForms)
 @api.exception_handler(AnyHTTPException)
 async def refuse(_: Request, err: AnyHTTPException) -> JSONResponse:
     """Every error has one shape, and none repeats what the client sent."""
-    error = {"error": {"code": err.status_code, "message": err.detail}}
-    return JSONResponse(error, err.status_code, err.headers)
+    return JSONResponse({"error": {"code": err.status_code, "message": err.detail}}, err.status_code, err.headers)
 
 
 async def read(request: Request, limit: int) -> Question:
@@ -242,24 +239,22 @@ async def read(request: Request, limit: int) -> Question:
     async for part in request.stream():
         body += part
         if len(body) > limit:
-            raise HTTPException(413, f"The body is larger than {limit} bytes.", {"Connection": "close"})
+            raise HTTPException(413, f"The body is larger than {limit} bytes.", CLOSE)
     try:
         return Question.model_validate_json(bytes(body))
     except ValidationError:
-        raise HTTPException(422, 'Send {"text": "..."} or {"text": ["...", "..."]}, nothing else.') from None
+        raise HTTPException(422, 'Send {"text": "..."} or {"text": ["...", up to 1000]}, nothing else.') from None
 
 
-@serve.deployment(max_ongoing_requests=64, ray_actor_options={"num_cpus": 1}, user_config={})
+# More ongoing requests than max_queue, so that it is this app that refuses, in its own words.
+@serve.deployment(max_ongoing_requests=320, max_queued_requests=256, ray_actor_options={"num_cpus": 1})
 @serve.ingress(api)
 class Translator:
     """Answers over HTTP; one replica holds one model."""
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self.arguments = settings
-        self.batcher = Batcher(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
-
-    def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Ray calls it at the start and with each new `user_config`; a fault keeps the version that serves."""
-        self.model = Model(Settings(**{**self.arguments, **user_config}))
+    def __init__(self, settings: Settings) -> None:
+        threads = max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
+        self.settings, self.model = settings, Model(settings)
+        self.batcher = Batcher(self.model, threads)
 
     @api.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page(self) -> str:
@@ -269,31 +264,36 @@ class Translator:
     async def health(self) -> dict[str, str]:
         return {"status": "ok"}
 
-    @api.post("/", response_model=Answer, openapi_extra={
+    @api.post("/", response_model=Answer, response_model_exclude_defaults=True, openapi_extra={
         "requestBody": {"required": True, "content": {"application/json": {"schema": Question.model_json_schema()}}}})
     async def answer(self, request: Request) -> Answer:
         """Translate one text or a list of texts."""
-        model, settings = self.model, self.model.settings
-        question = await read(request, settings.max_body_bytes)
-        texts = [question.text] if isinstance(question.text, str) else question.text
-        plans = model.plan(texts)
-        sentences = [part for plan in plans for part in plan[::2] if not blank(part)]
-        if len(self.batcher.waiting) >= settings.max_queue:
-            raise HTTPException(503, "Too many sentences are waiting; try again soon.", {"Retry-After": "1"})
-        jobs = [self.batcher.translate(model, model.encode(sentence)) for sentence in sentences]
+        settings = self.settings
         try:
-            done = iter(await asyncio.wait_for(asyncio.gather(*jobs), settings.timeout_s))
+            question = await asyncio.wait_for(read(request, settings.max_body_bytes), settings.body_timeout_s)
         except asyncio.TimeoutError:
-            raise HTTPException(504, f"Not done within {settings.timeout_s} seconds; try less text.") from None
-        except Exception as err:
-            raise HTTPException(500, f"The model failed on this text: {type(err).__name__}.") from None
-        out = ["".join(part if i % 2 or blank(part) else next(done) for i, part in enumerate(plan)) for plan in plans]
-        return Answer(translation=out[0] if isinstance(question.text, str) else out)
+            raise HTTPException(408, f"No whole body within {settings.body_timeout_s:g} s.", CLOSE) from None
+        texts = [question.text] if isinstance(question.text, str) else question.text
+        plans, sentences = await asyncio.to_thread(self.model.plan, texts)  # a long text must not hold up the others
+        if sentences and len(self.batcher.waiting) >= settings.max_queue:
+            raise HTTPException(503, "Too many sentences are waiting; try again soon.", {"Retry-After": "1"})
+        try:
+            # A timeout, or a client that leaves, cancels what still waits for the model.
+            done = await asyncio.wait_for(asyncio.gather(*map(self.batcher.put, sentences)), settings.timeout_s)
+        except asyncio.TimeoutError:
+            raise HTTPException(504, f"Not done within {settings.timeout_s:g} seconds; try less text.") from None
+        if failed := [type(one).__name__ for one in done if isinstance(one, Exception)]:
+            raise HTTPException(500, f"The model failed on this text: {failed[0]}.")
+        new, cut = iter(done), sum(cut for _, cut in done)
+        out = ["".join(part if i % 2 or blank(part) else next(new)[0] for i, part in enumerate(plan)) for plan in plans]
+        if cut:
+            self.batcher.cut.inc(cut)
+        return Answer(translation=out[0] if isinstance(question.text, str) else out, cut_sentences=cut)
 
 
 def build(args: Settings) -> serve.Application:
-    """The application for `serve run template_ray_serve:build key=value ...`."""
-    return Translator.bind(args.model_dump())  # type: ignore[attr-defined]
+    """The application for `serve run template_ray_serve:build key=value ...`, or for `args` in serve_config.yaml."""
+    return Translator.bind(args)  # type: ignore[attr-defined]
 
 
 translator_app = build(Settings())

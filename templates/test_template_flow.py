@@ -28,9 +28,9 @@ def clean_environment(folder):
     return {**os.environ, "METAFLOW_HOME": str(folder / "none"), "METAFLOW_CLIENT_CACHE_PATH": str(folder / "cache")}
 
 
-def run(folder, *arguments, command=("run",), flow=FLOW, **environment):
+def run(folder, *arguments, command=("run",), seconds=300, **environment):
     """Run the flow in `folder`; return (exit code, everything it printed)."""
-    done = subprocess.run([sys.executable, str(flow), "--no-pylint", *command, *arguments], cwd=folder, timeout=300,
+    done = subprocess.run([sys.executable, str(FLOW), "--no-pylint", *command, *arguments], cwd=folder, timeout=seconds,
                           env={**clean_environment(folder), **environment}, text=True, encoding="utf-8",
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     return done.returncode, done.stdout

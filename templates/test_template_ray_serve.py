@@ -4,6 +4,8 @@
 The HTTP tests talk to a real `serve run` of a small model that is trained here in a few seconds.
 """
 
+import asyncio
+import http.client
 import json
 import os
 import re
@@ -12,21 +14,30 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil  # Ray brings it along
 import pytest
 import torch
 import yaml
 from click import ClickException
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration, set_seed
+from transformers import (
+    MarianConfig,
+    MarianMTModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    set_seed,
+)
 
 import template_ray_serve as app
 
+pytestmark = pytest.mark.xdist_group("ray")  # one Ray at a time
 HERE = Path(__file__).parent
 PAIRS = {
     "Hello world!": "Bonjour le monde !", "Good morning": "Bonjour", "The house is wonderful.": "La maison est belle.",
@@ -35,8 +46,10 @@ PAIRS = {
 }
 
 
-def make_model(folder, pairs, prefix=app.PREFIX, steps=120):
-    """Train a tiny T5 until it knows the pairs by heart, and write it to `folder`."""
+def make_model(folder, pairs, prefix=app.PREFIX, marian=False):
+    """Train a tiny T5, or a tiny Marian, until it knows the pairs by heart, and write it to `folder`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a model is slower with more
     bpe, byte_level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.pre_tokenizer, bpe.decoder = byte_level, decoders.ByteLevel()
     texts = [text for source, target in pairs.items() for text in (prefix + source, target)]
@@ -46,18 +59,24 @@ def make_model(folder, pairs, prefix=app.PREFIX, steps=120):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>",
                                         model_input_names=["input_ids", "attention_mask"])
     set_seed(0)
-    model = T5ForConditionalGeneration(T5Config(
-        vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0,
-        decoder_start_token_id=0))
+    size = {"vocab_size": len(tokenizer), "d_model": 64, "decoder_start_token_id": 0, "eos_token_id": 1}
+    if marian:
+        model = MarianMTModel(MarianConfig(
+            encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, dropout=0.0,
+            encoder_ffn_dim=256, decoder_ffn_dim=256, pad_token_id=0, forced_eos_token_id=None, **size))
+    else:
+        model = T5ForConditionalGeneration(T5Config(
+            d_kv=16, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0, **size))
     inputs = tokenizer([prefix + source for source in pairs], return_tensors="pt", padding=True)
     labels = tokenizer(list(pairs.values()), return_tensors="pt", padding=True).input_ids
     labels[labels == 0] = -100
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(steps):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3 if marian else 5e-3)
+    for _ in range(120):
         loss = model(**inputs, labels=labels).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    torch.set_num_threads(threads)
     assert loss.item() < 0.05
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -77,73 +96,112 @@ def project(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def model(project):
-    return app.Model(app.Settings(model=str(project / "model")))
+    return app.Model(app.Settings(model=str(project / "model"), max_new_tokens=40))
+
+
+# A Ray of its own in a folder of its own, on free ports; then the `serve` command line as it is.
+START = """
+import json, sys, ray
+from ray import serve
+from ray.serve.scripts import cli
+ray_options, http_options = map(json.loads, (sys.argv.pop(1), sys.argv.pop(1)))
+ray.init(address="local", namespace="serve", **ray_options)
+serve.start(http_options=http_options)
+cli()
+"""
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 class Server:
-    """A command that serves on port 8000, with its output; a Ray of its own, which ends with it."""
+    """`serve ARGUMENTS` in a folder; everything that it starts, and its temporary files, end with it."""
 
-    def __init__(self, folder, *command, **environment):
-        kept = {name: value for name, value in os.environ.items() if not re.match("RAY_|SERVE_", name)}
-        self.log = folder / "serve.log"
+    def __init__(self, folder, *arguments, cpus=1, dashboard=False, **environment):
+        self.port, self.dashboard, self.log = free_port(), free_port() if dashboard else None, folder / "serve.log"
+        self.scratch = tempfile.mkdtemp(prefix="ray-")  # a short path, for Ray puts sockets there
+        ray_options = {"num_cpus": cpus, "_temp_dir": self.scratch, "include_dashboard": dashboard,
+                       "dashboard_port": self.dashboard}
+        kept = {name: value for name, value in os.environ.items() if not re.match("RAY_|SERVE_|HF_|OMP_", name)}
+        self.environment = {**kept, "HOME": self.scratch, "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0",
+                            "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 32, **environment}
+        http_options = {"host": "127.0.0.1", "port": self.port}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "ray.serve.scripts", *command], cwd=folder, stdout=log, stderr=log,
-                start_new_session=True, env={**kept, "RAY_ADDRESS": "local", "HF_HUB_OFFLINE": "1", **environment})
+                [sys.executable, "-c", START, json.dumps(ray_options), json.dumps(http_options), *arguments],
+                cwd=folder, stdout=log, stderr=log, start_new_session=True, env=self.environment)
 
-    def wait(self, seconds=90):
-        """Wait until the app answers; fail with the log when it cannot."""
-        for _ in range(seconds * 2):
-            if ask("/translate/health", method="GET")[0] == 200:
-                return self
-            assert self.process.poll() is None, self.log.read_text()
-            time.sleep(0.5)
-        raise AssertionError(self.log.read_text())
+    def __enter__(self):
+        return self
 
-    def stop(self):
+    def __exit__(self, *_):
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGTERM)
+        end = time.monotonic() + 30
+        while self.processes() and time.monotonic() < end:
+            self.process.poll()
+            time.sleep(0.1)
+        late = self.processes()
+        for process in late:
+            process.kill()
+        self.process.wait(10)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        assert not late, f"did not end by itself: {late}"
+
+    def processes(self):
+        """All that it started, the replicas too."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if os.getsid(process.pid) == self.process.pid and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (ProcessLookupError, psutil.NoSuchProcess):
+                pass
+        return found
+
+    def wait(self, seconds=90):
+        """Wait until the app answers; fail with the log when it does not."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.process.poll() is None:
+            if self.ask("/translate/health", method="GET", timeout=5)[0] == 200:
+                return self
+            time.sleep(0.2)
+        raise AssertionError(self.log.read_text())
+
+    def ask(self, path="/translate", body=None, method="POST", kind="application/json", timeout=60, **headers):
+        """Send a request; return (status, parsed JSON or text). Status 0: no answer."""
+        if body is not None and not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+        if kind is not None:
+            headers["Content-Type"] = kind
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            raise
-
-
-def ask(path="/translate", body=None, method="POST", kind="application/json", timeout=60):
-    """Send a request; return (status, parsed JSON or text). 0 is no answer."""
-    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-    request = urllib.request.Request(f"http://127.0.0.1:8000{path}", data, {"Content-Type": kind}, method=method)
-    try:
-        with urllib.request.build_opener(NoRedirect).open(request, timeout=timeout) as reply:
-            status, text = reply.status, reply.read().decode()
-    except urllib.error.HTTPError as err:
-        status, text = err.code, err.read().decode()
-    except OSError:
-        return 0, ""
-    try:
-        return status, json.loads(text)
-    except ValueError:
-        return status, text
-
-
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_):
-        return None
+            connection.request(method, path, body, headers)
+            reply = connection.getresponse()
+            text = reply.read().decode()
+        except OSError:
+            return 0, ""
+        finally:
+            connection.close()
+        try:
+            return reply.status, json.loads(text)
+        except ValueError:
+            return reply.status, text
 
 
 @pytest.fixture(scope="module")
 def server(project):
-    with socket.socket() as probe:
-        assert probe.connect_ex(("127.0.0.1", 8000)) != 0, "port 8000 is in use; stop what listens there"
-    running = Server(project, "run", "template_ray_serve:translator_app", "--route-prefix", "/translate")
-    try:
+    """The documented command, on a machine with one CPU."""
+    with Server(project, "run", "template_ray_serve:translator_app", "--route-prefix", "/translate") as running:
         yield running.wait()
-    finally:
-        running.stop()
 
 
-pytestmark = pytest.mark.xdist_group("ray")  # they share port 8000
+@pytest.fixture(scope="module")
+def ask(server):
+    return server.ask
 
 
 # The model, without a server
@@ -221,13 +279,14 @@ def test_a_model_that_gives_other_answers_is_refused(project, tmp_path):
         broken.shared.weight[:] = broken.shared.weight[torch.randperm(len(broken.shared.weight))]
     broken.save_pretrained(tmp_path / "model")
     with pytest.raises(RuntimeError, match="the model answers 'Hello world!' with .*, not 'Bonjour le monde !'"):
-        app.Model(app.Settings(model=str(tmp_path / "model")))
+        app.Model(app.Settings(model=str(tmp_path / "model"), max_new_tokens=10))
 
 
-def test_another_model_with_another_prefix_by_arguments_only(tmp_path):
-    make_model(tmp_path / "other", {"Guten Tag": "Buenos días", "Danke": "Gracias"}, prefix="")
+@pytest.mark.parametrize("marian", [False, True])
+def test_another_model_with_another_prefix_by_arguments_only(tmp_path, marian):
+    make_model(tmp_path / "other", {"Guten Tag": "Buenos días", "Danke": "Gracias"}, prefix="", marian=marian)
     other = app.Model(app.Settings(model=str(tmp_path / "other"), prefix=""))
-    assert other([other.encode("Guten Tag")]) == [("Buenos días", False)]
+    assert other([other.encode("Guten Tag"), other.encode("Danke")]) == [("Buenos días", False), ("Gracias", False)]
 
 
 def test_no_model_and_no_hub_is_one_line_with_both_remedies(tmp_path, monkeypatch):
@@ -237,22 +296,71 @@ def test_no_model_and_no_hub_is_one_line_with_both_remedies(tmp_path, monkeypatc
     assert "export_model.py" in line and "model=PATH" in line and "\n" not in line
 
 
+# The batches, with a model that only notes what it is given
+
+
+class Spy:
+    """Answers each sentence, a list of numbers, with its sum; a 13 in one of them breaks the whole batch."""
+
+    def __init__(self, max_batch_size=4):
+        self.settings, self.batches = SimpleNamespace(max_batch_size=max_batch_size), []
+
+    def __call__(self, batch):
+        self.batches.append(batch)
+        time.sleep(0.05)
+        if any(13 in tokens for tokens in batch):
+            raise ValueError("a bad sentence")
+        return [(str(sum(tokens)), False) for tokens in batch]
+
+
+def through(spy, sentences, cancel=()):
+    """What the batcher makes of sentences that come while the model is busy with [0]."""
+    async def scene():
+        batcher = app.Batcher(spy, 1)
+        first = batcher.put([0])
+        await asyncio.sleep(0.01)
+        jobs = [batcher.put(tokens) for tokens in sentences]
+        for i in cancel:
+            jobs[i].cancel()
+        return (await asyncio.gather(first, *jobs, return_exceptions=True))[1:]
+
+    return asyncio.run(scene())
+
+
+def test_batches_hold_what_came_meanwhile_and_like_lengths():
+    spy = Spy()
+    lengths = [1, 50, 2, 51, 1, 52, 2, 53]
+    assert through(spy, [[1] * length for length in lengths]) == [(str(length), False) for length in lengths]
+    assert [sorted(map(len, batch)) for batch in spy.batches] == [[1], [1, 1, 2, 2], [50, 51, 52, 53]]
+
+
+def test_a_sentence_that_fails_harms_no_other():
+    *good, bad = through(Spy(), [[1], [2], [3], [13]])
+    assert good == [("1", False), ("2", False), ("3", False)] and isinstance(bad, ValueError)
+
+
+def test_a_cancelled_sentence_never_reaches_the_model():
+    spy = Spy()
+    assert isinstance(through(spy, [[1], [2]], cancel=[0])[0], asyncio.CancelledError)
+    assert spy.batches == [[[0]], [[2]]]
+
+
 # The server
 
 
-def test_the_documented_request_answers_in_both_forms(server):
+def test_the_documented_request_answers_in_both_forms(ask):
     for path in ("/translate", "/translate/"):
         assert ask(path, {"text": "Hello world!"}) == (200, {"translation": "Bonjour le monde !"})
 
 
-def test_a_list_keeps_its_order_and_blank_texts_stay_blank(server):
+def test_a_list_keeps_its_order_and_blank_texts_stay_blank(ask):
     texts = ["Good morning", " ", "Thank you. See you tomorrow!\n\nThe cat sleeps.", ""]
     assert ask(body={"text": texts}) == (200, {
         "translation": ["Bonjour", "", "Merci. À demain !\n\nLe chat dort.", ""]})
     assert ask(body={"text": []}) == (200, {"translation": []})
 
 
-def test_many_at_once_get_their_own_answers(server):
+def test_many_at_once_get_their_own_answers(ask):
     texts = list(PAIRS) * 12
     with ThreadPoolExecutor(24) as pool:
         answers = list(pool.map(lambda text: ask(body={"text": text}), texts))
@@ -268,7 +376,7 @@ def test_many_at_once_get_their_own_answers(server):
     (b'{"text": "' + b"secret-42 " * 100_000 + b'"}', "application/json", 413),
     (b'{"text": "' + b"one two " * 12_000 + b'"}', "application/json", 413),
 ])
-def test_bad_requests_get_a_short_answer_that_repeats_nothing(server, body, kind, status):
+def test_bad_requests_get_a_short_answer_that_repeats_nothing(ask, body, kind, status):
     got, answer = ask(body=body, kind=kind)
     assert (got, answer["error"]["code"]) == (status, status)
     assert set(answer) == {"error"} and set(answer["error"]) == {"code", "message"}
@@ -276,18 +384,18 @@ def test_bad_requests_get_a_short_answer_that_repeats_nothing(server, body, kind
     assert ask(body={"text": "Thank you."}) == (200, {"translation": "Merci."})
 
 
-def test_a_request_over_the_token_limit_is_told_limit_and_size(server):
+def test_a_request_over_the_token_limit_is_told_limit_and_size(ask):
     message = ask(body={"text": "one two " * 12_000})[1]["error"]["message"]
     limit = app.Settings().max_request_tokens
     assert str(limit) in message and any(int(number) > limit for number in re.findall(r"\d+", message))
 
 
-def test_unknown_paths_and_methods(server):
+def test_unknown_paths_and_methods(ask):
     assert ask("/translate/nowhere", method="GET")[0] == 404
     assert ask("/translate", method="PUT", body={})[0] == 405
 
 
-def test_page_and_description_for_people(server):
+def test_page_and_description_for_people(ask):
     status, page = ask("/translate", method="GET")
     assert status == 200 and "<textarea" in page and "http" not in page.replace("<!doctype html>", "")
     example = ask("/translate/openapi.json", method="GET")[1]["paths"]["/"]["post"]["requestBody"]
@@ -295,9 +403,10 @@ def test_page_and_description_for_people(server):
 
 
 def test_no_log_line_holds_a_text(server):
-    ask(body={"text": "canary-7f3a in the text"})
+    server.ask(body={"text": "canary-7f3a in the text"})
     time.sleep(1)
-    assert "canary-7f3a" not in server.log.read_text()
+    logs = [server.log, *(path for path in Path(server.scratch).rglob("*") if "logs" in path.parts and path.is_file())]
+    assert len(logs) > 5 and not [path for path in logs if b"canary-7f3a" in path.read_bytes()]
 
 
 # The production configuration
@@ -311,34 +420,43 @@ def config():
     return yaml.safe_load(path.read_text())
 
 
-def test_config_is_what_serve_build_writes_but_for_its_comments(config, project, tmp_path):
-    from ray.serve.schema import ServeDeploySchema
+def flat(value, path=""):
+    """{path: value} of everything in nested dictionaries and lists."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner = {name: each for key, one in items for name, each in flat(one, f"{path}.{key}".lstrip(".")).items()}
+    return inner or {path: value}
 
-    ServeDeploySchema.model_validate(config)
+
+def test_config_is_what_serve_build_writes_but_for_its_commented_changes(config, project, tmp_path):
     subprocess.run([sys.executable, "-m", "ray.serve.scripts", "build", "template_ray_serve:translator_app", "-o",
                     str(tmp_path / "built.yaml")], cwd=project, check=True, timeout=100, capture_output=True)
-    built = yaml.safe_load((tmp_path / "built.yaml").read_text())
-    (ours,), (theirs,) = config["applications"], built["applications"]
-    assert ours["import_path"] == theirs["import_path"] and ours["runtime_env"] == theirs["runtime_env"] == {}
-    (ours,), (theirs,) = ours["deployments"], theirs["deployments"]
-    assert ours["name"] == theirs["name"] == "Translator"
-    assert theirs["max_ongoing_requests"] == ours["max_ongoing_requests"]
-    assert theirs["ray_actor_options"] == ours["ray_actor_options"] == {"num_cpus": 1}
+    ours, theirs = flat(config), flat(yaml.safe_load((tmp_path / "built.yaml").read_text()))
+    changed = {path for path in ours.keys() | theirs.keys() if ours.get(path, "") != theirs.get(path, "")}
+    deployment = "applications.0.deployments.0."
+    assert changed == {
+        "grpc_options.port", "grpc_options.grpc_servicer_functions", "grpc_options.enable_reflection",
+        "logging_config.encoding", "logging_config.logs_dir", "logging_config.additional_log_standard_attrs",
+        "http_options.request_timeout_s", "applications.0.name", "applications.0.route_prefix",
+        "applications.0.import_path", "applications.0.args.max_batch_size",
+        deployment + "backpressure_config.retry_after_s", deployment + "max_surge_percent",
+        deployment + "autoscaling_config.min_replicas", deployment + "autoscaling_config.max_replicas",
+        deployment + "autoscaling_config.target_ongoing_requests", deployment + "graceful_shutdown_timeout_s"}
+
+
+def test_config_names_the_deployment_that_the_app_has(config):
+    names = [deployment["name"] for deployment in config["applications"][0]["deployments"]]
+    assert names == [app.Translator.name], "serve_config.yaml and template_ray_serve.py name different deployments"
 
 
 def test_config_has_nothing_blank_and_fits_the_app(config):
-    def nulls(value, path=""):
-        if isinstance(value, dict):
-            return [each for key, one in value.items() for each in nulls(one, f"{path}.{key}")]
-        if isinstance(value, list):
-            return [each for one in value for each in nulls(one, path + "[]")]
-        return [path] if value is None else []
+    from ray.serve.schema import ServeDeploySchema
 
-    assert nulls(config) == [] and "grpc_options" not in config
+    ServeDeploySchema.model_validate(config)
+    assert None not in flat(config).values()
     assert config["http_options"]["host"] == "0.0.0.0"
     (application,) = config["applications"]
     assert application["route_prefix"] == "/translate" and len(application["name"]) <= 40
     (deployment,) = application["deployments"]
-    settings = app.Settings(**deployment["user_config"])
-    assert deployment["max_ongoing_requests"] >= settings.max_batch_size
-    assert config["http_options"]["request_timeout_s"] > settings.timeout_s
+    settings = app.Settings.model_validate(application["args"], strict=True)
+    assert deployment["max_ongoing_requests"] >= settings.max_queue + 2 * settings.max_batch_size
+    assert config["http_options"]["request_timeout_s"] >= settings.timeout_s + settings.body_timeout_s

@@ -1,0 +1,30 @@
+"""Print, as a pickle, what the Metaflow client finds of a run: {step: {artifact: value}} and {step: [card, ...]}.
+
+    python read_run.py FLOW/RUN '{"step": "task id", ...}'
+
+Under Argo with metadata kept in files, each pod leaves its records in the datastore; they are fetched from there first.
+"""
+
+import json
+import pickle
+import sys
+
+from metaflow import Run, namespace
+from metaflow.cards import get_cards
+from metaflow.datastore import FlowDataStore
+from metaflow.metadata_provider.util import sync_local_metadata_from_datastore
+from metaflow.metaflow_config import DATASTORE_LOCAL_DIR, DATASTORE_SYSROOT_S3
+from metaflow.plugins import DATASTORES
+
+name, tasks = sys.argv[1], json.loads(sys.argv[2])
+flow, run = name.split("/")
+s3 = next(each for each in DATASTORES if each.TYPE == "s3")
+store = FlowDataStore(flow, None, storage_impl=s3, ds_root=DATASTORE_SYSROOT_S3)
+for step, task in tasks.items():
+    sync_local_metadata_from_datastore(DATASTORE_LOCAL_DIR, store.get_task_datastore(run, step, task))
+namespace(None)
+found = {step.id: step.task for step in Run(name)}
+artifacts = {step: {artifact.id: artifact.data for artifact in task} for step, task in found.items()}
+cards = {step: [card.get() for card in get_cards(task)] for step, task in found.items()}
+logs = {step: task.stdout + task.stderr for step, task in found.items()}
+sys.stdout.buffer.write(pickle.dumps((Run(name).successful, artifacts, cards, logs)))

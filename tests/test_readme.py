@@ -1,0 +1,111 @@
+"""Every command in README.md is run as it stands, and prints what README.md says."""
+
+import contextlib
+import fnmatch
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOT_RUN = {  # pattern: why
+    "pip install *": "the packages are installed before the tests, which need no network",
+    "WANDB_API_KEY=... *": "needs an account",
+}
+
+
+def commands():
+    """[(command, lines of output that follow it), ...] in the order of README.md."""
+    found, text = [], (ROOT / "README.md").read_text("utf-8")
+    for block in re.findall(r"^```console\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        for line in block.splitlines():
+            if line.startswith("$ "):
+                found.append((line[2:], []))
+            else:
+                found[-1][1].append(line)
+    return found
+
+
+def shows(output, expected):
+    """True if the expected lines come in this order; `...` stands for anything, and any score for a score."""
+    at = 0
+    for line in expected:
+        pattern = re.sub(r"\d+\\\.\d+", r"[\\d.]+", re.escape(line).replace(r"\.\.\.", ".*"))
+        found = re.compile(pattern).search(output, at)
+        if not found:
+            return False
+        at = found.end()
+    return True
+
+
+def run(command, folder, environment):
+    done = subprocess.run(["bash", "-c", command], cwd=folder, env=environment, timeout=400, text=True,
+                          encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def clean(folder):
+    """The environment of somebody who has just opened a terminal, with the installed packages on the path."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {"PATH": path, "HOME": str(folder), "USER": "reader", "LANG": "C.UTF-8", "RAY_ADDRESS": "local",
+            "OMP_NUM_THREADS": "1"}
+
+
+def wait_for(url, server, log):
+    for _ in range(180):
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(url, timeout=5).status_code == 200:
+                return
+        assert server.poll() is None, log.read_text()
+        time.sleep(0.5)
+    raise AssertionError(log.read_text())
+
+
+@pytest.mark.xdist_group("ray")
+def test_make_demo_twice(tmp_path):
+    ((command, expected),) = [each for each in commands() if each[0] == "make demo"]
+    curl, answer = next(each for each in commands() if each[0].startswith("curl"))
+    for _ in range(2):
+        begin = time.monotonic()
+        output = run(command, ROOT, clean(tmp_path))
+        assert shows(output, expected) and shows(output, [f"$ {curl}", *answer]), output
+        assert time.monotonic() - begin < 300
+        assert list(Path("/tmp").glob("demo.*")) == []  # it cleans up
+
+
+@pytest.mark.xdist_group("ray")
+def test_commands_for_a_copy(tmp_path):
+    for path in (path for path in (ROOT / "templates").iterdir() if path.is_file()):
+        shutil.copy(path, tmp_path)
+    environment, server = {**clean(tmp_path), "RAY_TMPDIR": "/tmp"}, None
+    try:
+        for command, expected in commands()[2:]:
+            if any(fnmatch.fnmatch(command, pattern) for pattern in NOT_RUN):
+                continue
+            if command.startswith("serve run"):
+                server = subprocess.Popen(["bash", "-c", f"exec {command} > serve.log 2>&1"], cwd=tmp_path,
+                                          env=environment, start_new_session=True)
+                wait_for("http://127.0.0.1:8000/translate/health", server, tmp_path / "serve.log")
+                continue
+            output = run(command, tmp_path, environment).replace("\r\n", "\n")
+            assert shows(output, expected), (command, expected, output)
+    finally:
+        if server:
+            server.send_signal(signal.SIGTERM)
+            server.wait(60)
+
+
+def test_files_that_the_readme_names_are_there():
+    tree = (ROOT / "README.md").read_text("utf-8").split("## What is here")[1].split("```")[1]
+    for name in re.findall(r"[\w.-]+\.(?:py|txt|yaml)", tree):
+        assert (ROOT / "templates" / name).exists(), name
+    described = set(re.findall(r"[\w.-]+\.(?:py|txt|yaml)", tree))
+    assert {path.name for path in (ROOT / "templates").glob("*.*") if path.is_file()} == described

@@ -1,0 +1,248 @@
+"""The server against hostile clients: any bytes, any JSON, any header, any size, slow ones and vanishing ones."""
+
+import http.client
+import json
+import shutil
+import socket
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+TEMPLATES = Path(__file__).parents[1] / "templates"
+sys.path.insert(0, str(TEMPLATES))
+
+from test_template_ray_serve import PAIRS, Server, make_model  # noqa: E402
+
+pytestmark = pytest.mark.xdist_group("ray")
+BODY_TIMEOUT = 3
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The app with short limits, so that many inputs and slow clients take little time."""
+    folder = tmp_path_factory.mktemp("hostile")
+    shutil.copy(TEMPLATES / "template_ray_serve.py", folder)
+    make_model(folder / "model", PAIRS)
+    with Server(folder, "run", "template_ray_serve:build", "max_new_tokens=16", f"body_timeout_s={BODY_TIMEOUT}",
+                "--route-prefix", "/translate") as running:
+        yield running.wait()
+
+
+def serves(server):
+    begin = time.monotonic()
+    answer = server.ask(body={"text": "Hello world!"}, timeout=10)
+    assert answer == (200, {"translation": "Bonjour le monde !"}), answer
+    return time.monotonic() - begin
+
+
+class Line:
+    """One connection that is kept open, as long as the server does."""
+
+    def __init__(self, port):
+        self.port, self.connection = port, None
+
+    def ask(self, method, path, body, headers):
+        for fresh in (False, True):
+            if self.connection is None or fresh:
+                self.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+            try:
+                self.connection.request(method, path, body, headers)
+                reply = self.connection.getresponse()
+                return reply.status, reply.read()
+            except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
+                if fresh:
+                    raise
+        return None
+
+
+def right(status, content, sent):
+    """An answer as promised: a translation, or an error of the one shape that repeats nothing of the text."""
+    answer = json.loads(content)
+    if status == 200:
+        assert set(answer) <= {"translation", "cut_sentences"}
+        assert isinstance(answer["translation"], (str, list))
+    else:
+        assert status in (404, 405, 408, 413, 415, 422), (status, content)
+        assert set(answer) == {"error"} and set(answer["error"]) == {"code", "message"}
+        assert answer["error"]["code"] == status and len(content) < 300
+        assert b"secret-42" not in content
+        assert not (len(sent) > 40 and sent in content)
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=30) | st.just("secret-42"),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8) | st.just("text"), inner),
+    max_leaves=12)
+anything = st.text(st.characters(), max_size=60)  # surrogates too
+questions = st.fixed_dictionaries({"text": anything | st.lists(anything, max_size=5) | values})
+as_json = st.builds(lambda value, ascii: json.dumps(value, ensure_ascii=ascii).encode("utf-8", "surrogatepass"),
+                    values | questions, st.booleans())
+cut = st.builds(lambda body, at: body[: at % (len(body) + 1)], as_json, st.integers(0, 200))
+flipped = st.builds(lambda body, at, byte: body[: at % len(body)] + bytes([byte]) + body[at % len(body) + 1:],
+                    as_json, st.integers(0, 200), st.integers(0, 255))
+good = st.builds(lambda text: json.dumps({"text": text}).encode(), st.text(st.characters(codec="utf-8"), max_size=60))
+bodies = good | as_json | cut | flipped | st.binary(max_size=200)
+quick = settings(deadline=None, database=None, derandomize=True,
+                 suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+
+def test_any_body(server):
+    line, seen = Line(server.port), {}
+
+    @settings(quick, max_examples=2500)
+    @given(bodies)
+    @example(b'{"text":"\\ud83d"}')
+    @example(b'{"text":NaN}')
+    @example(b'{"text":1e999}')
+    @example(b'{"text":"a","text":"b"}')
+    @example(b'{"text":"a\\u0000b"}')
+    @example(b'{"text":' + b"[" * 10_000 + b"]" * 10_000 + b"}")
+    @example(b'{"text":' + b'{"a":' * 10_000 + b"1" + b"}" * 10_000 + b"}")
+    @example(b"\xef\xbb\xbf" + b'{"text":"a"}')
+    @example('{"text":"a"}'.encode("utf-16"))
+    def fuzz(body):
+        status, content = line.ask("POST", "/translate", body, {"Content-Type": "application/json"})
+        seen[status] = seen.get(status, 0) + 1
+        right(status, content, body)
+
+    fuzz()
+    print("answers by status:", seen)
+    assert sum(seen.values()) >= 2000 and seen[200] > 100 and seen[422] > 100
+    serves(server)
+
+
+names = st.sampled_from([
+    "Accept", "Host", "X-Request-ID", "Content-Encoding", "Cookie", "Via", "X-Forwarded-For", "Origin", "Range",
+    "X-Request-Timeout-Seconds", "X-Request-Disconnect-Disabled", "Serve-Multiplexed-Model-Id", "X-Session-Id",
+    "Authorization", "If-None-Match", "Accept-Language", "X-Y"])
+printable = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=40)
+kinds = st.sampled_from([
+    "application/json", "application/json; charset=utf-16", "APPLICATION/JSON", "text/plain", "a/b", "", ";", "json",
+    "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
+
+
+def test_any_header_method_and_path(server):
+    line, seen = Line(server.port), {}
+    methods = st.sampled_from(["POST", "POST", "POST", "GET", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "FOO"])
+    paths = st.sampled_from(["/translate", "/translate/", "/translate/x", "/translate//", "/translate/%00",
+                             "/translate?a=b", "/translate/../translate", "/translate/%2e%2e/", "/translate/health"])
+
+    @settings(quick, max_examples=1000)
+    @given(methods, paths, st.dictionaries(names, printable, max_size=3), kinds)
+    @example("POST", "/translate", {"Host": "evil/?x="}, "application/json")
+    def fuzz(method, path, headers, kind):
+        body = b'{"text": "secret-42"}'
+        status, content = line.ask(method, path, body, {**headers, "Content-Type": kind})
+        seen[status] = seen.get(status, 0) + 1
+        assert status < 500 or status == 503, (status, content, method, path, headers)
+        if status >= 400 and content.startswith(b"{"):
+            assert b"secret-42" not in content and json.loads(content)["error"]["code"] == status
+
+    fuzz()
+    print("answers by status:", seen)
+    assert 500 not in seen and seen[200] > 50
+    serves(server)
+
+
+def test_raw_bytes_instead_of_http(server):
+    @settings(quick, max_examples=300)
+    @given(st.binary(max_size=300) | st.builds(lambda b: b"POST /translate HTTP/1.1\r\n" + b, st.binary(max_size=200)))
+    @example(b"POST /translate HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n")
+    @example(b"POST /translate HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999999999999999\r\n\r\n{")
+    @example(b"POST /translate HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n")
+    @example(b"POST /translate HTTP/1.1\r\nHost: a\r\n" + b"A: b\r\n" * 20_000 + b"\r\n")
+    @example(b"POST /translate HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 200_000 + b"\r\n\r\n")
+    @example(b"POST /translate HTTP/1.1\r\nHost: a\r\nX-Request-ID: \xff\r\nContent-Length: 2\r\n\r\n{}")
+    @example(b"POST /translate HTTP/1.1\r\nHost: a\r\nX-Odd: \xff\xfe\r\nContent-Length: 2\r\n\r\n{}")
+    def fuzz(data):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as line:
+            try:
+                line.sendall(data)
+                line.shutdown(socket.SHUT_WR)
+                answer = line.recv(1000)
+            except (ConnectionResetError, BrokenPipeError):
+                answer = b""
+        assert not answer.startswith(b"HTTP/1.1 5"), answer
+
+    fuzz()
+    serves(server)
+
+
+def sizes(server):
+    """Resident memory of proxy and replica, in MB."""
+    found = {}
+    for process in server.processes():
+        for name in ("ServeReplica", "ProxyActor"):
+            if name in " ".join(process.cmdline()):
+                found[name] = process.memory_info().rss / 1e6
+    assert len(found) == 2, found
+    return found
+
+
+def test_bodies_of_50_mb(server):
+    serves(server)
+    before, part = sizes(server), b"x" * 65536
+
+    def parts():
+        yield b'{"text": "'
+        for _ in range(800):
+            yield part
+
+    for chunked in (False, True):
+        for _ in range(3):
+            begin = time.monotonic()
+            line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+            headers = {"Content-Type": "application/json"}
+            if not chunked:
+                headers["Content-Length"] = str(10 + 800 * len(part))
+            try:
+                line.request("POST", "/translate", parts(), headers, encode_chunked=chunked)
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # the server has stopped reading
+            try:
+                reply = line.getresponse()
+                assert reply.status == 413 and "larger than 262144 bytes" in json.load(reply)["error"]["message"]
+            except ConnectionResetError:
+                pytest.fail("the connection was cut before the answer arrived")
+            finally:
+                line.close()
+            assert time.monotonic() - begin < 2
+            assert serves(server) < 2
+    time.sleep(1)
+    after = sizes(server)
+    print("MB before and after:", before, after)
+    assert all(after[name] - before[name] < 100 for name in before)
+
+
+def test_slow_clients_get_408_and_hold_up_nobody(server):
+    head = b"POST /translate HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+    lines = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(100)]
+    begin = time.monotonic()
+    for line in lines:
+        line.sendall(head + b'{"text": ')
+    assert max(serves(server) for _ in range(5)) < 2
+    answers = [line.recv(2000) for line in lines]
+    assert all(answer.startswith(b"HTTP/1.1 408") for answer in answers), set(answers)
+    assert BODY_TIMEOUT - 1 < time.monotonic() - begin < BODY_TIMEOUT + 5
+    for line in lines:
+        line.close()
+    serves(server)
+
+
+def test_vanishing_clients_leave_nothing_behind(server):
+    replicas = [each.pid for each in server.processes() if "ServeReplica" in " ".join(each.cmdline())]
+    body = json.dumps({"text": ["tell me more " * 5] * 3}).encode()
+    head = b"POST /translate HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body)
+    for i in range(300):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as line:
+            line.sendall((head + body)[: None if i % 2 else len(head) + 10])
+    begin = time.monotonic()
+    serves(server)
+    assert time.monotonic() - begin < 5
+    assert replicas == [each.pid for each in server.processes() if "ServeReplica" in " ".join(each.cmdline())]
+    assert sum(len(psutil.Process(pid).net_connections()) for pid in replicas) < 100

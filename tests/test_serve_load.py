@@ -1,0 +1,244 @@
+"""The server under load: a bounded queue, timeouts, health while the model is busy, memory, updates."""
+
+import http.client
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import yaml
+
+TEMPLATES = Path(__file__).parents[1] / "templates"
+sys.path.insert(0, str(TEMPLATES))
+
+from test_template_ray_serve import PAIRS, Server, make_model  # noqa: E402
+
+pytestmark = pytest.mark.xdist_group("ray")
+
+# What a user might write below the mark: here "wait 2" in a text takes 2 seconds, and BOOM-1 fails.
+CODE = '''
+        import os, re, time
+        texts = self.tokenizer.batch_decode(batch)
+        with open("{seen}", "a") as log:
+            print(os.getpid(), torch.get_num_threads(), texts, file=log)
+        if any("BOOM-1" in text for text in texts):
+            raise ValueError("a fault")
+        time.sleep(max([float(found) for text in texts for found in re.findall(r"wait ([0-9.]+)", text)], default=0))
+'''
+
+
+def slow_app(folder):
+    """The app as it is, with a few lines more at its mark."""
+    app = (TEMPLATES / "template_ray_serve.py").read_text()
+    mark = re.search(r"\n        # YOUR CODE: .*\n", app)
+    lines = CODE.replace("{seen}", str(folder / "seen.txt"))
+    (folder / "template_ray_serve.py").write_text(app[: mark.end()] + lines.lstrip("\n") + app[mark.end() :])
+    make_model(folder / "model", PAIRS)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The shipped config, with two threads, a queue of 6 sentences and a timeout of 4 seconds."""
+    folder = tmp_path_factory.mktemp("load")
+    slow_app(folder)
+    config = yaml.safe_load((TEMPLATES / "serve_config.yaml").read_text())
+    (application,) = config["applications"]
+    application["args"] = {"max_queue": 6, "timeout_s": 4, "max_new_tokens": 32}
+    application["deployments"][0]["autoscaling_config"]["max_replicas"] = 1
+    application["deployments"][0]["ray_actor_options"]["num_cpus"] = 2
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    with Server(folder, "run", "config.yaml", cpus=4, dashboard=True) as running:
+        running.folder = folder
+        yield running.wait()
+
+
+def timed(server, *arguments, **keywords):
+    begin = time.monotonic()
+    status, answer = server.ask(*arguments, **keywords)
+    return status, answer, time.monotonic() - begin
+
+
+def serves(server):
+    assert server.ask(body={"text": "Hello world!"}) == (200, {"translation": "Bonjour le monde !"})
+
+
+def in_background(*arguments, **keywords):
+    """Send a request from another thread; the model is busy with it on return."""
+    pool = ThreadPoolExecutor(1)
+    job = pool.submit(timed, *arguments, **keywords)
+    time.sleep(0.4)
+    pool.shutdown(wait=False)
+    return job
+
+
+def replicas(server):
+    return {int(line.split()[0]) for line in (server.folder / "seen.txt").read_text().splitlines()}
+
+
+def test_threads_are_the_cpus_of_the_replica(server):
+    serves(server)
+    assert {line.split()[1] for line in (server.folder / "seen.txt").read_text().splitlines()} == {"2"}
+
+
+def test_health_is_answered_at_once_while_the_model_is_busy(server):
+    job, slowest = in_background(server, body={"text": "wait 3"}), 0
+    while not job.done():
+        for path in ("/-/healthz", "/-/routes", "/translate/health", "/translate"):
+            status, _, seconds = timed(server, path, method="GET")
+            assert status == 200
+            slowest = max(slowest, seconds)
+    print(f"slowest health answer: {slowest:.3f} s")
+    assert job.result()[0] == 200 and slowest < 1
+    assert len(replicas(server)) == 1
+
+
+def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(server):
+    job = in_background(server, body={"text": "wait 2"})
+    gate = threading.Barrier(100)
+
+    def one(_):
+        gate.wait()
+        return timed(server, body={"text": "Thank you."})
+
+    with ThreadPoolExecutor(100) as pool:
+        answers = list(pool.map(one, range(100)))
+    accepted = [answer for answer in answers if answer[0] == 200]
+    refused = [answer for answer in answers if answer[0] == 503]
+    print(f"accepted {len(accepted)}, refused {len(refused)}, slowest refusal {max(each[2] for each in refused):.2f} s")
+    assert len(accepted) + len(refused) == 100 and len(accepted) == 6
+    assert all(answer[1] == {"translation": "Merci."} for answer in accepted)
+    assert all(answer[1]["error"]["code"] == 503 for answer in refused)
+    assert max(each[2] for each in refused) < 1.5  # 100 clients and the server share two CPUs here
+    assert job.result()[0] == 200
+    line = in_background(server, body={"text": "wait 1"})
+    connection = http.client.HTTPConnection("127.0.0.1", server.port)
+    connection.request("POST", "/translate", json.dumps({"text": ["one"] * 7}), {"Content-Type": "application/json"})
+    time.sleep(0.2)
+    other = http.client.HTTPConnection("127.0.0.1", server.port)
+    other.request("POST", "/translate", json.dumps({"text": "two"}), {"Content-Type": "application/json"})
+    reply = other.getresponse()
+    assert (reply.status, reply.getheader("Retry-After")) == (503, "1")
+    other.close()
+    connection.close()
+    assert line.result()[0] == 200
+    serves(server)
+
+
+def test_a_timeout_answers_504_and_what_waited_never_reaches_the_model(server):
+    status, answer, seconds = timed(server, body={"text": "wait 6"})
+    assert status == 504 and "4 seconds" in answer["error"]["message"] and 3.5 < seconds < 5
+    status, answer, seconds = timed(server, body={"text": "Good morning"})
+    assert (status, answer) == (200, {"translation": "Bonjour"}) and seconds < 3
+    job = in_background(server, body={"text": "wait 6"})
+    assert timed(server, body={"text": "skip-one please"})[0] == 504
+    assert job.result()[0] == 504
+    serves(server)
+    assert "skip-one" not in (server.folder / "seen.txt").read_text()
+
+
+def test_a_client_that_leaves_is_skipped(server):
+    job = in_background(server, body={"text": "wait 2"})
+    assert server.ask(body={"text": "skip-two please"}, timeout=0.5)[0] == 0
+    assert job.result()[0] == 200
+    serves(server)
+    assert "skip-two" not in (server.folder / "seen.txt").read_text()
+
+
+def test_a_text_that_fails_harms_no_other_in_its_batch(server):
+    job = in_background(server, body={"text": "wait 1"})
+    texts = ["Good morning", "Thank you.", "BOOM-1", "The cat sleeps.", "I like tea.", "Good morning"]
+    with ThreadPoolExecutor(len(texts)) as pool:
+        answers = list(pool.map(lambda text: server.ask(body={"text": text}), texts))
+    assert job.result()[0] == 200
+    for text, (status, answer) in zip(texts, answers, strict=True):
+        if text == "BOOM-1":
+            assert status == 500 and answer == {
+                "error": {"code": 500, "message": "The model failed on this text: ValueError."}}
+        else:
+            assert (status, answer) == (200, {"translation": PAIRS[text]})
+    serves(server)
+
+
+def test_metrics_tell_of_batches_and_keep_routes_few(server):
+    for number in range(50):
+        assert server.ask(f"/translate/aaa{number}", method="GET")[0] == 404
+    targets = next(Path(server.scratch).rglob("prom_metrics_service_discovery.json"))
+    end = time.monotonic() + 30
+    while True:
+        texts = [urllib.request.urlopen(f"http://{target}/metrics", timeout=10).read().decode()
+                 for group in json.loads(targets.read_text()) for target in group["targets"]]
+        text = "\n".join(texts)
+        if "translator_batch_size_bucket" in text and "serve_num_http_requests" in text or time.monotonic() > end:
+            break
+        time.sleep(1)
+    assert "translator_batch_size_bucket" in text and "translator_input_tokens" in text
+    assert len(set(re.findall(r'route="([^"]*)"', text))) <= 6 and "aaa1" not in text
+
+
+def test_memory_stays_flat_and_every_answer_is_right(server):
+    def sizes():
+        found = {}
+        for process in server.processes():
+            for name in ("ServeReplica", "ProxyActor"):
+                if name in " ".join(process.cmdline()):
+                    found[name] = process.memory_info().rss / 1e6
+        return found
+
+    def some(count):
+        texts = list(PAIRS)
+        with ThreadPoolExecutor(6) as pool:
+            answers = list(pool.map(lambda i: server.ask(body={"text": texts[i % len(texts)]}), range(count)))
+        assert answers == [(200, {"translation": PAIRS[texts[i % len(texts)]]}) for i in range(count)]
+
+    some(300)
+    before, begin = sizes(), time.monotonic()
+    some(2000)
+    print(f"{2000 / (time.monotonic() - begin):.0f} requests/s with 6 clients;", before, sizes())
+    assert len(before) == 2 and all(size - before[name] < 50 for name, size in sizes().items())
+    assert len(replicas(server)) == 1
+
+
+def running(server):
+    """How many replicas there are."""
+    return sum("ServeReplica" in " ".join(each.cmdline()) for each in server.processes())
+
+
+def test_an_update_under_load_loses_no_request(server):
+    """The new replica starts beside the old one, which ends when its last request is answered."""
+    old, answers, stop = replicas(server), [], threading.Event()
+
+    def client():
+        while not stop.is_set():
+            answers.append(server.ask(body={"text": "Thank you."}))
+
+    clients = [threading.Thread(target=client) for _ in range(3)]
+    for each in clients:
+        each.start()
+    config = yaml.safe_load((server.folder / "config.yaml").read_text())
+    config["applications"][0]["args"]["max_queue"] = 7
+    (server.folder / "new.yaml").write_text(yaml.safe_dump(config))
+    job = in_background(server, body={"text": "wait 3"})
+    try:
+        subprocess.run([sys.executable, "-m", "ray.serve.scripts", "deploy", "new.yaml", "-a",
+                        f"http://127.0.0.1:{server.dashboard}"], cwd=server.folder, env=server.environment, check=True,
+                       timeout=60, capture_output=True)
+        end = time.monotonic() + 40
+        while running(server) < 2 and time.monotonic() < end:
+            time.sleep(0.2)
+        while running(server) > 1 and time.monotonic() < end:
+            time.sleep(0.2)
+    finally:
+        stop.set()
+        for each in clients:
+            each.join(60)
+    assert job.result()[0] == 200
+    print(f"{len(answers)} requests during the update")
+    assert len(answers) > 20 and all(answer == (200, {"translation": "Merci."}) for answer in answers), set(
+        map(str, answers))
+    assert replicas(server) - old
