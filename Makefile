@@ -20,7 +20,7 @@ setup: .venv/ready ## make .venv with what the templates and their tests need
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || {
 	  echo "make setup: needs Python 3.10 to 3.13; name one: make setup PYTHON=python3.11"; exit 1; }
 	log=$$(mktemp)
-	failed() { echo "make setup: $$1 ($$(grep -m1 -iE 'error' $$log || tail -n1 $$log)); the whole log: $$log"; rm -rf .venv; exit 1; }
+	failed() { echo "make setup: $$1 ($$(grep -m1 '^ERROR' $$log || tail -n1 $$log)); the whole log: $$log"; rm -rf .venv; exit 1; }
 	echo "installing into .venv, a few minutes the first time ..."
 	rm -rf .venv
 	$(PYTHON) -m venv .venv > $$log 2>&1 || failed "cannot make .venv; on Debian install python3-venv"

@@ -246,13 +246,14 @@ async def read(request: Request, limit: int) -> Question:
         raise HTTPException(422, 'Send {"text": "..."} or {"text": ["...", up to 1000]}, nothing else.') from None
 
 
-# More ongoing requests than max_queue, so that it is this app that refuses, in its own words.
-@serve.deployment(max_ongoing_requests=320, max_queued_requests=256, ray_actor_options={"num_cpus": 1})
+# More ongoing requests than max_queue: it is this app that refuses, in its own words. No second try of a bad model.
+@serve.deployment(max_ongoing_requests=320, max_queued_requests=256, ray_actor_options={"num_cpus": 1},
+                  max_constructor_retry_count=1)
 @serve.ingress(api)
 class Translator:
     """Answers over HTTP; one replica holds one model."""
     def __init__(self, settings: Settings) -> None:
-        threads = max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
+        threads = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)) or 1
         self.settings, self.model = settings, Model(settings)
         self.batcher = Batcher(self.model, threads)
 

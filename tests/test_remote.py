@@ -85,7 +85,7 @@ REFUSED = {
         ("argo-workflows", "create", "--only-json"),
         "step train: @nvidia cannot be scheduled; use @kubernetes(gpu=1, memory=16_000)"),
     "@nvidia without the packages": (
-        {'    @pypi(python="3.11", packages=requirements.packages)\n    @step\n    def train': "    @step\n    def train"},
+        {"    @ON_GPU\n    @pypi(python=\"3.11\", packages=requirements.packages)\n": "    @ON_GPU\n"},
         ("run",), "step train: @nvidia has what @pypi lists, add: ['accelerate', 'outerbounds',"),
     "an image under --environment=pypi": (
         WITH_IMAGE | ON_CLUSTER, ("--environment=pypi", "run"),
@@ -113,12 +113,199 @@ def test_what_cannot_work_is_refused_before_any_work(case, tmp_path):
     changes, arguments, expected = REFUSED[case]
     code, output, said = metaflow(edited(tmp_path, changes), "--no-pylint", *arguments, **profile(tmp_path))
     assert code != 0 and expected in " ".join((output + said).split()), output + said
-    print(output + said)
     assert "Workflow starting" not in output + said
 
 
+def decorators(output):
+    """{step: its decorators} of what `show` prints."""
+    found = re.findall(r"((?:@\w+\n)*)Step (\w+)\n", output)
+    return {step: set(lines.replace("@", "").split()) - {"fast_bakery_internal"} for lines, step in found}
+
+
 def test_decorators_stay_on_a_cluster_and_go_on_a_laptop(tmp_path):
-    environment = profile(tmp_path, STAND_IN_NVIDIA="1", METAFLOW_DEFAULT_ENVIRONMENT="fast-bakery")
-    code, output, said = metaflow(edited(tmp_path, {}), "show", **environment)
-    assert code == 0, output + said
-    print(said + output)
+    flow, everywhere = edited(tmp_path, {}), {"start": set(), "prepare": set(), "end": set()}
+    on_cluster = profile(tmp_path, STAND_IN_NVIDIA="1", METAFLOW_DEFAULT_ENVIRONMENT="fast-bakery")
+    on_laptop = {**on_cluster, "METAFLOW_DEFAULT_ENVIRONMENT": "local", "METAFLOW_DEFAULT_DATASTORE": "local"}
+    code, output, said = metaflow(flow, "show", **on_cluster)
+    assert code == 0 and decorators(output + said) == everywhere | {
+        "prepare": {"kubernetes"}, "evaluate": {"pypi", "kubernetes", "secrets", "card"},
+        "train": {"pypi", "nvidia", "secrets", "card", "checkpoint", "retry"}}, output + said
+    code, output, said = metaflow(flow, "show", **on_laptop)
+    assert code == 0 and decorators(output + said) == everywhere | {
+        "train": {"card", "checkpoint"}, "evaluate": {"card"}}, output + said
+
+
+# With a datastore
+
+
+class Bakery(http.server.BaseHTTPRequestHandler):
+    """Outerbounds' image bakery: takes packages and a base, answers with the name of an image that has them."""
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        self.server.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(200)
+        self.end_headers()
+        answer = {"success": {"containerImage": IMAGE, "pythonPath": "python"}}
+        self.wfile.write(json.dumps(answer).encode())
+
+
+class Integrations(http.server.BaseHTTPRequestHandler):
+    """Outerbounds' list of integrations: says in which store the secret is."""
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"secret_resource_id": "wandb", "secret_backend_type": "aws-secrets-manager"}')
+
+
+class Wheels(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def served(handler, address="127.0.0.1"):
+    """Serve on a free port; yield the server, which then knows its `url`."""
+    with http.server.ThreadingHTTPServer((address, 0), handler) as server:
+        server.asked, server.url = [], f"http://{address}:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def bridge():
+    """The address at which containers reach this machine."""
+    if not shutil.which("docker") or pods.docker("version").returncode:
+        pytest.skip("no docker daemon answers")
+    found = pods.docker("network", "inspect", "bridge", "--format", "{{(index .IPAM.Config 0).Gateway}}").stdout.strip()
+    yield found
+    pods.remove(LABEL)
+
+
+class Cloud:
+    """S3 and a store of secrets, both reached at one address from here and from containers."""
+    def __init__(self, address, integrations):
+        self.url = f"http://{address[0]}:{address[1]}"
+        self.s3 = boto3.client("s3", endpoint_url=self.url, **self.keys())
+        self.s3.create_bucket(Bucket="flows")
+        store = boto3.client("secretsmanager", endpoint_url=self.url, **self.keys())
+        store.create_secret(Name="wandb", SecretBinary=json.dumps(
+            {"WANDB_API_KEY": base64.b64encode(CANARY.encode()).decode()}).encode())
+        self.settings = {"METAFLOW_S3_ENDPOINT_URL": self.url, "OBP_INTEGRATIONS_URL": integrations}
+        self.cluster = pods.Cluster(
+            LABEL, {**KEYS, "AWS_ENDPOINT_URL_SECRETS_MANAGER": self.url, "OMP_NUM_THREADS": "2"},
+            secrets={"wandb": {"WANDB_API_KEY": CANARY}}, images={"python:3.11": "python:3.11-slim-bookworm"})
+
+    @staticmethod
+    def keys():
+        return dict(zip(("aws_access_key_id", "aws_secret_access_key", "region_name"), KEYS.values()))
+
+    def contents(self):
+        """Everything that is in S3, unpacked."""
+        for page in self.s3.get_paginator("list_objects_v2").paginate(Bucket="flows"):
+            for each in page.get("Contents", []):
+                content = self.s3.get_object(Bucket="flows", Key=each["Key"])["Body"].read()
+                yield gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+
+
+@pytest.fixture(scope="module")
+def cloud(bridge):
+    try:
+        moto = ThreadedMotoServer(bridge, 0, verbose=False)
+        moto.start()
+    except OSError as error:
+        pytest.skip(f"containers cannot reach this machine: {error}")
+    with served(Integrations, bridge) as integrations:
+        yield Cloud(moto.get_host_and_port(), integrations.url)
+    moto.stop()
+
+
+@pytest.fixture(scope="module")
+def image(bridge, tmp_path_factory):
+    """The image of templates/Dockerfile, from a folder in which a key lies about."""
+    folder, options = tmp_path_factory.mktemp("context"), []
+    for name in ("Dockerfile", ".dockerignore", "requirements.outerbounds.txt", "template_flow.py"):
+        shutil.copy(TEMPLATES / name, folder)
+    for name in (".env", "notes.txt", "template_ray_serve.py"):
+        (folder / name).write_text(f"WANDB_API_KEY={CANARY}\n")
+    settings = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
+    begin, folders = time.monotonic(), re.findall(r"find-links='(/[^']+)'", settings)
+    wheels = next((path for path in folders if list(Path(path).glob("torch-*+cpu-*.whl"))), None)
+    with served(functools.partial(Wheels, directory=wheels)) as server:
+        if wheels:  # this machine's own wheel of torch; elsewhere it comes from the default index
+            options = ["--network=host", f"--build-arg=PIP_FIND_LINKS={server.url}"]
+        built = pods.docker("build", *options, f"--tag={IMAGE}", str(folder), seconds=900)
+    assert built.returncode == 0, built.stdout[-5000:]
+    print(f"image built in {time.monotonic() - begin:.0f} s")
+    return IMAGE
+
+
+def find(needle, chunks):
+    """How often a text is in a stream of bytes, as it stands or in base64."""
+    count, before = 0, b""
+    wanted = re.compile(b"|".join([re.escape(needle.encode()), base64.b64encode(needle.encode())[:-4]]))
+    for chunk in chunks:
+        count += len(wanted.findall(before + chunk))
+        before = chunk[-100:] if not wanted.search(chunk[-100:]) else b""
+    return count
+
+
+@docker_test
+def test_image_runs_as_anybody_and_holds_no_secret(image, tmp_path):
+    asked = pods.docker("run", "--rm", f"--label={LABEL}", image, "sh", "-c", "id -u; ls -A /work /root; pip list")
+    assert asked.returncode == 0 and int(asked.stdout.split()[0]) >= 1000, asked.stdout
+    size = int(pods.docker("image", "inspect", image, "--format", "{{.Size}}").stdout)
+    print(f"image of {size / 1e9:.2f} GB")
+    assert "nvidia" not in asked.stdout and size < 2e9  # the CPU build of torch
+    described = pods.docker("image", "inspect", image).stdout + pods.docker("history", "--no-trunc", image).stdout
+    assert "org.opencontainers.image.title" in described and find(CANARY, [described.encode()]) == 0
+    with subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE) as saved:
+        assert find(CANARY, iter(lambda: saved.stdout.read(1 << 24), b"")) == 0
+    with subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE) as saved:
+        assert find("METAFLOW_USER=flow", iter(lambda: saved.stdout.read(1 << 24), b"")) > 0  # it would be found
+    for options in (["--user=54321:54321"], ["--user=12345:0", "--read-only", "--tmpfs=/work", "--tmpfs=/tmp"]):
+        done = pods.docker("run", "--rm", f"--label={LABEL}", "--network=none", "--env=OMP_NUM_THREADS=2", *options,
+                           f"--volume={TEMPLATES / 'template_flow.py'}:/flow/template_flow.py:ro", image,
+                           "python", "/flow/template_flow.py", "run", "--offline", "True", "--epochs", "4", seconds=150)
+        assert done.returncode == 0 and "Done!" in done.stdout, done.stdout
+
+
+def test_unedited_flow_on_outerbounds_gets_its_packages_from_pypi(cloud, tmp_path):
+    with served(Bakery) as bakery:
+        code, output, said = metaflow(
+            edited(tmp_path, {}), "--no-pylint", "argo-workflows", "create", "--only-json",
+            **profile(tmp_path, METAFLOW_FAST_BAKERY_URL=bakery.url, METAFLOW_DEFAULT_ENVIRONMENT="fast-bakery",
+                      **cloud.settings))
+    assert code == 0, output[-3000:] + said[-3000:]
+    print(said, json.dumps(bakery.asked, indent=1)[:3000])
+
+
+def compiled(flow, environment):
+    begin = time.monotonic()
+    code, output, said = metaflow(flow, "argo-workflows", "create", "--only-json", **environment)
+    assert code == 0, output[-3000:] + said[-3000:]
+    print(f"compiled in {time.monotonic() - begin:.1f} s")
+    return json.loads(output)
+
+
+@docker_test
+def test_scheduled_flow_trains_in_the_image_and_goes_on_after_a_kill(cloud, image, tmp_path):
+    flow = edited(tmp_path, WITH_IMAGE | {
+        "SECRETS: list[str] = []": 'SECRETS: list[str] = ["outerbounds.wandb"]', "CRON = None": 'CRON = "0 6 * * 1"',
+        "# YOUR CODE: log your own numbers: run.log({\"name\": 1.0})": SHOW_KEY})
+    environment = profile(tmp_path, **cloud.settings)
+    manifest = compiled(flow, environment)
+    begin = time.monotonic()
+    done = argo.submit(manifest, cloud.cluster, "templateflow-x1", lambda line: re.search("'epoch': '6", line))
+    print(f"five containers in {time.monotonic() - begin:.0f} s", {step: [c for c, _ in at] for step, (_, at) in done.items()})
+    read = subprocess.run([sys.executable, HERE / "remote/read_run.py", "TemplateFlow/argo-templateflow-x1",
+                           json.dumps({step: task for step, (task, _) in done.items()})], cwd=tmp_path, timeout=100,
+                          env=environment, stdout=subprocess.PIPE, check=True)
+    successful, artifacts, cards, logs = pickle.loads(read.stdout)
+    print(artifacts["evaluate"]["scores"], {k: len(v) for k, v in cards.items()}, logs["train"][-3000:], done["train"][1][0][1][-2000:])
+    assert successful
