@@ -5,6 +5,7 @@ import os
 import pytest
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Keep the tests of one file on one worker, so that what they share is made once."""
     for item in items:

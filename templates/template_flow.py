@@ -74,11 +74,9 @@ def require_wandb():
 @contextlib.contextmanager
 def tracked(offline, **config):
     """Yield one W&B run in every mode, so that logging needs no `if`; trouble with W&B never ends the training."""
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # a report waits 20 s for a server that is out of reach
-    import wandb
-    if offline:
-        os.environ["WANDB_MODE"] = "offline"  # not as an argument: one request would still be sent
-    else:
+    os.environ.update({"WANDB_MODE": "offline"} if offline else {}, WANDB_ERROR_REPORTING="false")
+    import wandb  # set before: no request at all when offline, and no 20 s of reports to a server out of reach
+    if not offline:
         require_wandb()
     path = [current.flow_name, current.run_id, current.step_name]
     options = dict(id="-".join([*path, current.task_id]), name="/".join(path[1:]), group="/".join(path[:2]), tags=path,
@@ -97,7 +95,7 @@ def tracked(offline, **config):
     finally:
         run.finish(exit_code=int(any(sys.exc_info())))  # 1 where the lines in the `with` failed
         if not run.disabled:
-            print("To send W&B what it has not got: wandb sync", run.sync_dir)
+            print("To send W&B what it lacks: wandb sync", run.sync_dir, "" if run.offline else "--include-online")
 
 
 # YOUR CODE: read and check your own data

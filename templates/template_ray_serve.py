@@ -269,20 +269,19 @@ class Translator:
         "requestBody": {"required": True, "content": {"application/json": {"schema": Question.model_json_schema()}}}})
     async def answer(self, request: Request) -> Answer:
         """Translate one text or a list of texts."""
-        settings = self.settings
         try:
-            question = await asyncio.wait_for(read(request, settings.max_body_bytes), settings.body_timeout_s)
+            question = await asyncio.wait_for(read(request, self.settings.max_body_bytes), self.settings.body_timeout_s)
         except asyncio.TimeoutError:
-            raise HTTPException(408, f"No whole body within {settings.body_timeout_s:g} s.", CLOSE) from None
+            raise HTTPException(408, f"No whole body within {self.settings.body_timeout_s:g} s.", CLOSE) from None
         texts = [question.text] if isinstance(question.text, str) else question.text
         plans, sentences = await asyncio.to_thread(self.model.plan, texts)  # a long text must not hold up the others
-        if sentences and len(self.batcher.waiting) >= settings.max_queue:
+        if sentences and len(self.batcher.waiting) >= self.settings.max_queue:
             raise HTTPException(503, "Too many sentences are waiting; try again soon.", {"Retry-After": "1"})
         try:
             # A timeout, or a client that leaves, cancels what still waits for the model.
-            done = await asyncio.wait_for(asyncio.gather(*map(self.batcher.put, sentences)), settings.timeout_s)
+            done = await asyncio.wait_for(asyncio.gather(*map(self.batcher.put, sentences)), self.settings.timeout_s)
         except asyncio.TimeoutError:
-            raise HTTPException(504, f"Not done within {settings.timeout_s:g} seconds; try less text.") from None
+            raise HTTPException(504, f"Not done within {self.settings.timeout_s:g} seconds; try less text.") from None
         if failed := [type(one).__name__ for one in done if isinstance(one, Exception)]:
             raise HTTPException(500, f"The model failed on this text: {failed[0]}.")
         new, cut = iter(done), sum(cut for _, cut in done)

@@ -149,15 +149,15 @@ class Server:
             process.kill()
         self.process.wait(10)
         shutil.rmtree(self.scratch, ignore_errors=True)
-        assert not late, f"did not end by itself: {late}"
+        assert not late, f"did not end by itself: {late.values()}"
 
     def processes(self):
-        """All that it started, the replicas too."""
-        found = []
+        """{process: its command line} of all that it started, the replicas too."""
+        found = {}
         for process in psutil.process_iter():
             try:
                 if os.getsid(process.pid) == self.process.pid and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
+                    found[process] = " ".join(process.cmdline())
             except (ProcessLookupError, psutil.NoSuchProcess):
                 pass
         return found

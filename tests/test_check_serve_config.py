@@ -164,8 +164,8 @@ def test_deploying_waits_and_a_bad_update_leaves_the_old_version_serving(folder,
         assert done.returncode == 1 and "no usable model '/nowhere'" in done.stderr, done.stderr
         assert len(done.stderr.splitlines()) == 1 and serves()
         # More CPUs than there are.
-        done = deploy(f"{DEPLOYMENT}.ray_actor_options.num_cpus", 99, "--timeout", "15")
-        assert done.returncode == 1 and "not running after 15 s" in done.stderr, done.stderr
+        done = deploy(f"{DEPLOYMENT}.ray_actor_options.num_cpus", 99, "--timeout", "12")
+        assert done.returncode == 1 and "not running after 12 s" in done.stderr, done.stderr
         assert '"CPU": 99' in done.stderr and "available" in done.stderr, done.stderr
         assert serves()
         # Sent past the check, as `serve deploy` would: Ray refuses it, and the old replica goes on.
@@ -174,8 +174,6 @@ def test_deploying_waits_and_a_bad_update_leaves_the_old_version_serving(folder,
                                   env=server.environment, capture_output=True, text=True, timeout=100)
         assert "DEPLOY_FAILED" in from_ray.stdout and "max_bach_size: Extra inputs" in from_ray.stdout, from_ray
         assert serves()
-        done = deploy()
-        assert done.returncode == 0 and serves(), done.stderr
         # Without the token, and without a server.
         done = run(folder, "new.yaml", "--deploy", f"http://127.0.0.1:{server.dashboard}", RAY_AUTH_MODE="disabled")
         assert done.returncode == 1 and "token" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr

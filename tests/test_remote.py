@@ -11,23 +11,26 @@ import gzip
 import hashlib
 import http.server
 import json
+import logging
 import os
 import pickle
 import re
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import boto3
+import psutil
 import pytest
 from moto.server import ThreadedMotoServer
 from remote import argo, jobs, pods
 
+logging.getLogger("werkzeug").setLevel("ERROR")
 HERE, TEMPLATES = Path(__file__).parent, Path(__file__).parents[1] / "templates"
 IMAGE = "template_flow_image:test"
 KEYS = {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -58,7 +61,8 @@ def profile(folder, **more):
     settings = {"METAFLOW_DEFAULT_DATASTORE": "s3", "METAFLOW_DATASTORE_SYSROOT_S3": "s3://flows/metaflow",
                 "METAFLOW_DATATOOLS_S3ROOT": "s3://flows/data", "METAFLOW_KUBERNETES_NAMESPACE": "default",
                 "OBP_PERIMETER": "tests", "OBP_AUTH_SERVER": "auth.invalid", "METAFLOW_SERVICE_AUTH_KEY": "none"}
-    (home / "config_cluster.json").write_text(json.dumps({"OBP_INTEGRATIONS_URL": "http://127.0.0.1:9", **settings}))
+    settings["OBP_INTEGRATIONS_URL"] = more.pop("integrations", "http://127.0.0.1:9")
+    (home / "config_cluster.json").write_text(json.dumps(settings))
     return {"PATH": os.environ["PATH"], "HOME": str(folder), "METAFLOW_HOME": str(home), "METAFLOW_PROFILE": "cluster",
             "METAFLOW_USER": "test", "PYTHONPATH": str(HERE / "remote/extension"), "STAND_IN_CLUSTER": "http://127.0.0.1:9",
             "METAFLOW_CLIENT_CACHE_PATH": str(folder / "cache"), **KEYS, **more}
@@ -157,6 +161,7 @@ class Integrations(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
+        self.rfile.read(int(self.headers["Content-Length"]))  # else the connection breaks
         self.send_response(200)
         self.end_headers()
         self.wfile.write(b'{"secret_resource_id": "wandb", "secret_backend_type": "aws-secrets-manager"}')
@@ -168,9 +173,9 @@ class Wheels(http.server.SimpleHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def served(handler, address="127.0.0.1"):
+def served(handler, address="127.0.0.1", port=0):
     """Serve on a free port; yield the server, which then knows its `url`."""
-    with http.server.ThreadingHTTPServer((address, 0), handler) as server:
+    with http.server.ThreadingHTTPServer((address, port), handler) as server:
         server.asked, server.url = [], f"http://{address}:{server.server_port}"
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
@@ -182,8 +187,12 @@ def bridge():
     """The address at which containers reach this machine."""
     if not shutil.which("docker") or pods.docker("version").returncode:
         pytest.skip("no docker daemon answers")
-    found = pods.docker("network", "inspect", "bridge", "--format", "{{(index .IPAM.Config 0).Gateway}}").stdout.strip()
-    yield found
+    name = pods.docker("network", "inspect", "bridge", "--format",
+                       '{{index .Options "com.docker.network.bridge.name"}}').stdout.strip()
+    addresses = [each.address for each in psutil.net_if_addrs().get(name, []) if each.family == socket.AF_INET]
+    if not addresses:
+        pytest.skip("containers cannot reach this machine: docker runs elsewhere")
+    yield addresses[0]
     pods.remove(LABEL)
 
 
@@ -196,7 +205,7 @@ class Cloud:
         store = boto3.client("secretsmanager", endpoint_url=self.url, **self.keys())
         store.create_secret(Name="wandb", SecretBinary=json.dumps(
             {"WANDB_API_KEY": base64.b64encode(CANARY.encode()).decode()}).encode())
-        self.settings = {"METAFLOW_S3_ENDPOINT_URL": self.url, "OBP_INTEGRATIONS_URL": integrations}
+        self.settings = {"METAFLOW_S3_ENDPOINT_URL": self.url, "integrations": integrations}
         self.cluster = pods.Cluster(
             LABEL, {**KEYS, "AWS_ENDPOINT_URL_SECRETS_MANAGER": self.url, "OMP_NUM_THREADS": "2"},
             secrets={"wandb": {"WANDB_API_KEY": CANARY}}, images={"python:3.11": "python:3.11-slim-bookworm"})
@@ -215,11 +224,8 @@ class Cloud:
 
 @pytest.fixture(scope="module")
 def cloud(bridge):
-    try:
-        moto = ThreadedMotoServer(bridge, 0, verbose=False)
-        moto.start()
-    except OSError as error:
-        pytest.skip(f"containers cannot reach this machine: {error}")
+    moto = ThreadedMotoServer(bridge, 0, verbose=False)
+    moto.start()
     with served(Integrations, bridge) as integrations:
         yield Cloud(moto.get_host_and_port(), integrations.url)
     moto.stop()
@@ -234,25 +240,21 @@ def image(bridge, tmp_path_factory):
     for name in (".env", "notes.txt", "template_ray_serve.py"):
         (folder / name).write_text(f"WANDB_API_KEY={CANARY}\n")
     settings = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
-    begin, folders = time.monotonic(), re.findall(r"find-links='(/[^']+)'", settings)
+    folders = re.findall(r"find-links='(/[^']+)'", settings)
     wheels = next((path for path in folders if list(Path(path).glob("torch-*+cpu-*.whl"))), None)
-    with served(functools.partial(Wheels, directory=wheels)) as server:
+    # Always the same port: docker builds again when an argument differs.
+    with served(functools.partial(Wheels, directory=wheels), port=18733 if wheels else 0) as server:
         if wheels:  # this machine's own wheel of torch; elsewhere it comes from the default index
             options = ["--network=host", f"--build-arg=PIP_FIND_LINKS={server.url}"]
         built = pods.docker("build", *options, f"--tag={IMAGE}", str(folder), seconds=900)
     assert built.returncode == 0, built.stdout[-5000:]
-    print(f"image built in {time.monotonic() - begin:.0f} s")
     return IMAGE
 
 
-def find(needle, chunks):
-    """How often a text is in a stream of bytes, as it stands or in base64."""
-    count, before = 0, b""
-    wanted = re.compile(b"|".join([re.escape(needle.encode()), base64.b64encode(needle.encode())[:-4]]))
-    for chunk in chunks:
-        count += len(wanted.findall(before + chunk))
-        before = chunk[-100:] if not wanted.search(chunk[-100:]) else b""
-    return count
+def find(needle, *contents):
+    """How often a text is in some bytes, as it stands or in base64."""
+    forms = needle.encode(), base64.b64encode(needle.encode())[:-4]
+    return sum(content.count(form) for content in contents for form in forms)
 
 
 @docker_test
@@ -260,37 +262,49 @@ def test_image_runs_as_anybody_and_holds_no_secret(image, tmp_path):
     asked = pods.docker("run", "--rm", f"--label={LABEL}", image, "sh", "-c", "id -u; ls -A /work /root; pip list")
     assert asked.returncode == 0 and int(asked.stdout.split()[0]) >= 1000, asked.stdout
     size = int(pods.docker("image", "inspect", image, "--format", "{{.Size}}").stdout)
-    print(f"image of {size / 1e9:.2f} GB")
     assert "nvidia" not in asked.stdout and size < 2e9  # the CPU build of torch
     described = pods.docker("image", "inspect", image).stdout + pods.docker("history", "--no-trunc", image).stdout
-    assert "org.opencontainers.image.title" in described and find(CANARY, [described.encode()]) == 0
+    assert "org.opencontainers.image.title" in described and find(CANARY, described.encode()) == 0
     with subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE) as saved:
-        assert find(CANARY, iter(lambda: saved.stdout.read(1 << 24), b"")) == 0
-    with subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE) as saved:
-        assert find("METAFLOW_USER=flow", iter(lambda: saved.stdout.read(1 << 24), b"")) > 0  # it would be found
-    for options in (["--user=54321:54321"], ["--user=12345:0", "--read-only", "--tmpfs=/work", "--tmpfs=/tmp"]):
-        done = pods.docker("run", "--rm", f"--label={LABEL}", "--network=none", "--env=OMP_NUM_THREADS=2", *options,
-                           f"--volume={TEMPLATES / 'template_flow.py'}:/flow/template_flow.py:ro", image,
-                           "python", "/flow/template_flow.py", "run", "--offline", "True", "--epochs", "4", seconds=150)
-        assert done.returncode == 0 and "Done!" in done.stdout, done.stdout
-
-
-def test_unedited_flow_on_outerbounds_gets_its_packages_from_pypi(cloud, tmp_path):
-    with served(Bakery) as bakery:
-        code, output, said = metaflow(
-            edited(tmp_path, {}), "--no-pylint", "argo-workflows", "create", "--only-json",
-            **profile(tmp_path, METAFLOW_FAST_BAKERY_URL=bakery.url, METAFLOW_DEFAULT_ENVIRONMENT="fast-bakery",
-                      **cloud.settings))
-    assert code == 0, output[-3000:] + said[-3000:]
-    print(said, json.dumps(bakery.asked, indent=1)[:3000])
+        whole = b"".join(iter(lambda: saved.stdout.read(1 << 24), b""))
+    assert find(CANARY, whole) == 0 < find("METAFLOW_USER=flow", whole)
+    done = pods.docker("run", "--rm", f"--label={LABEL}", "--network=none", "--user=54321:54321", "--read-only",
+                       "--tmpfs=/work:mode=1777", "--tmpfs=/tmp", "--env=OMP_NUM_THREADS=2",
+                       f"--volume={TEMPLATES / 'template_flow.py'}:/flow/template_flow.py:ro", image, "python",
+                       "/flow/template_flow.py", "--no-pylint", "run", "--epochs", "4", seconds=150)
+    assert done.returncode == 0 and "Done!" in done.stdout, done.stdout
 
 
 def compiled(flow, environment):
-    begin = time.monotonic()
+    """The WorkflowTemplate that `argo-workflows create` would send to the cluster."""
     code, output, said = metaflow(flow, "argo-workflows", "create", "--only-json", **environment)
     assert code == 0, output[-3000:] + said[-3000:]
-    print(f"compiled in {time.monotonic() - begin:.1f} s")
-    return json.loads(output)
+    return json.loads(output[output.index("{"):])  # the bakery tells of its progress before
+
+
+def read(run, folder, environment, tasks=None):
+    """(successful, {step: {artifact: value}}, {step: [card]}, {step: log}) of a run, by the Metaflow client."""
+    command = [sys.executable, HERE / "remote/read_run.py", f"TemplateFlow/{run}", json.dumps(tasks or {})]
+    done = subprocess.run(command, cwd=folder, timeout=100, env=environment, stdout=subprocess.PIPE, check=True)
+    return pickle.loads(done.stdout)
+
+
+@docker_test
+def test_unedited_flow_on_outerbounds_gets_its_packages_from_pypi(cloud, tmp_path):
+    with served(Bakery) as bakery:
+        manifest = compiled(edited(tmp_path, {}), profile(
+            tmp_path, METAFLOW_FAST_BAKERY_URL=bakery.url, METAFLOW_DEFAULT_ENVIRONMENT="fast-bakery",
+            **cloud.settings))
+    pinned = set(re.findall(r"^[\w-]+==\S+", (TEMPLATES / "requirements.outerbounds.txt").read_text(), re.M))
+    baked = [set(each["pipRequirements"]) for each in bakery.asked if each["pythonVersion"] == "3.11"]
+    assert len(pinned) == 8 and len(baked) == 2 and all(pinned <= each for each in baked)  # train and evaluate
+    templates = {each["name"]: each for each in manifest["spec"]["templates"]}
+    assert all(templates[step]["container"]["image"] == IMAGE for step in ("train", "evaluate"))
+    assert "* *" not in json.dumps(manifest)  # no schedule unless asked for
+
+
+def epochs(log):
+    return [float(epoch) for epoch in re.findall(r"'loss': .*'epoch': '([\d.]+)'", log)]
 
 
 @docker_test
@@ -300,12 +314,40 @@ def test_scheduled_flow_trains_in_the_image_and_goes_on_after_a_kill(cloud, imag
         "# YOUR CODE: log your own numbers: run.log({\"name\": 1.0})": SHOW_KEY})
     environment = profile(tmp_path, **cloud.settings)
     manifest = compiled(flow, environment)
-    begin = time.monotonic()
+    assert "0 6 * * 1" in json.dumps(manifest) and find(CANARY, json.dumps(manifest).encode()) == 0
     done = argo.submit(manifest, cloud.cluster, "templateflow-x1", lambda line: re.search("'epoch': '6", line))
-    print(f"five containers in {time.monotonic() - begin:.0f} s", {step: [c for c, _ in at] for step, (_, at) in done.items()})
-    read = subprocess.run([sys.executable, HERE / "remote/read_run.py", "TemplateFlow/argo-templateflow-x1",
-                           json.dumps({step: task for step, (task, _) in done.items()})], cwd=tmp_path, timeout=100,
-                          env=environment, stdout=subprocess.PIPE, check=True)
-    successful, artifacts, cards, logs = pickle.loads(read.stdout)
-    print(artifacts["evaluate"]["scores"], {k: len(v) for k, v in cards.items()}, logs["train"][-3000:], done["train"][1][0][1][-2000:])
-    assert successful
+    codes = {step: [code for code, _ in attempts] for step, (_, attempts) in done.items()}
+    assert codes == {"start": [0], "prepare": [0], "train": [137, 0], "evaluate": [0], "end": [0]}
+    killed, again = (log for _, log in done["train"][1])
+    assert epochs(killed)[-1] > 6 and 4 < epochs(again)[0] < 8 and epochs(again)[-1] == 14  # on from the checkpoint
+    assert KEY_SHOWN in again  # @secrets brought the key
+    successful, artifacts, cards, logs = read("argo-templateflow-x1", tmp_path, environment,
+                                              {step: task for step, (task, _) in done.items()})
+    assert successful and artifacts["evaluate"]["scores"]["exact_match"] >= 95
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(artifacts["train"]["model"])
+    assert len(artifacts["train"]["losses"]) >= 20 and len(cards["train"]) == 2 and len(cards["evaluate"]) == 1
+    assert "W&B mode: offline" in logs["train"]
+    stored = list(cloud.contents())
+    assert find(CANARY, *stored, *(card.encode() for each in cards.values() for card in each)) == 0
+    assert find(KEY_SHOWN, *stored) > 0  # the search looks into logs too
+
+
+@docker_test
+def test_run_on_kubernetes(cloud, image, tmp_path):
+    flow = edited(tmp_path, WITH_IMAGE | ON_CLUSTER | {
+        "cpu=2, memory=8_000": 'cpu=2, secrets=["wandb"], memory=8_000',
+        "        from sacrebleu.metrics import CHRF\n":
+            f"        from sacrebleu.metrics import CHRF\n        {SHOW_KEY}\n"})
+    with jobs.api(cloud.cluster) as (address, started):
+        environment = profile(tmp_path, STAND_IN_CLUSTER=address, **cloud.settings)
+        code, output, said = metaflow(flow, "--no-pylint", "run", "--epochs", "4", seconds=300, **environment)
+    assert code == 0 and "Done!" in output + said, output[-3000:] + said[-3000:]
+    assert KEY_SHOWN in output + said and CANARY not in output + said  # the Kubernetes secret brought the key
+    asked = {job.container["name"]: job.container["resources"] for job in started.values()}
+    small = {"limits": {}, "requests": {"cpu": "2", "memory": "8000M", "ephemeral-storage": "10000M"}}
+    assert asked == {"prepare": small, "evaluate": small, "train": {
+        "limits": {"nvidia.com/gpu": "1"}, "requests": {"cpu": "2", "memory": "16000M", "ephemeral-storage": "20000M"}}}
+    successful, artifacts, cards, _ = read(re.search(r"run-id (\d+)", output + said)[1], tmp_path, environment)
+    assert successful and artifacts["evaluate"]["scores"]["chrf"] > 50
+    assert "model.safetensors" in artifacts["train"]["model"] and cards["train"] and cards["evaluate"]
+    assert find(CANARY, *cloud.contents()) == 0

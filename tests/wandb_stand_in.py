@@ -79,10 +79,11 @@ class StandIn:
             return self.reply(handler, {"errors": [{"message": f"stand-in says {self.mode}"}]}, self.mode)
         with self.lock:
             content, code = self.keep(handler, raw)
-            history = any(run["history"] for run in self.runs.values())
-        if history and self.mode == "freezes":
+            begun = self.runs and handler.path != "/graphql"  # the run exists and its first data comes
+        if begun and self.mode == "freezes":
+            self.mode = "hang"
             self.over.wait(300)
-        elif history and self.mode == "dies":
+        elif begun and self.mode == "dies":
             self.mode = "dead"
             threading.Thread(target=self.stop, daemon=True).start()
         else:
@@ -110,7 +111,7 @@ class StandIn:
                 run = self.run(given["name"])
                 config = json.loads(given.pop("config", "{}"))
                 run["config"].update({key: each["value"] for key, each in config.items() if key != "_wandb"})
-                run.update({key: value for key, value in given.items() if key not in run or key != "config"})
+                run.update(given)
                 project = {"name": given.get("project"), "entity": {"name": given.get("entity") or "stand-in"}}
                 return {"data": {"upsertBucket": {"inserted": True, "bucket": {
                     "id": given["name"], "name": given["name"], "displayName": given.get("displayName"),

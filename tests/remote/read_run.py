@@ -1,4 +1,4 @@
-"""Print, as a pickle, what the Metaflow client finds of a run: {step: {artifact: value}} and {step: [card, ...]}.
+"""Print what the Metaflow client finds of a run, as a pickle: successful, its artifacts, cards and logs by step.
 
     python read_run.py FLOW/RUN '{"step": "task id", ...}'
 
@@ -8,6 +8,7 @@ Under Argo with metadata kept in files, each pod leaves its records in the datas
 import json
 import pickle
 import sys
+from typing import Any
 
 from metaflow import Run, namespace
 from metaflow.cards import get_cards
@@ -23,8 +24,9 @@ store = FlowDataStore(flow, None, storage_impl=s3, ds_root=DATASTORE_SYSROOT_S3)
 for step, task in tasks.items():
     sync_local_metadata_from_datastore(DATASTORE_LOCAL_DIR, store.get_task_datastore(run, step, task))
 namespace(None)
-found = {step.id: step.task for step in Run(name)}
+finished: Any = Run(name)
+found = {step.id: step.task for step in finished}
 artifacts = {step: {artifact.id: artifact.data for artifact in task} for step, task in found.items()}
-cards = {step: [card.get() for card in get_cards(task)] for step, task in found.items()}
+cards = {step: [card.get() for card in get_cards(found[step])] for step in ("train", "evaluate")}
 logs = {step: task.stdout + task.stderr for step, task in found.items()}
-sys.stdout.buffer.write(pickle.dumps((Run(name).successful, artifacts, cards, logs)))
+sys.stdout.buffer.write(pickle.dumps((finished.successful, artifacts, cards, logs)))

@@ -8,6 +8,7 @@ import os as _os
 
 import requests as _requests
 
+from metaflow_extensions.outerbounds import plugins as _plugins
 from metaflow_extensions.outerbounds.plugins import auth_server as _auth_server
 
 DEFAULT_AWS_CLIENT_PROVIDER = "boto3"
@@ -31,5 +32,6 @@ def _nvidia(url, *arguments, **options):
 
 
 _auth_server.get_token = _cluster
+_plugins.USE_CSPR_ROLE_ARN_IF_SET = None  # a role that only Outerbounds' own provider of keys understands
 if _os.environ.get("STAND_IN_NVIDIA"):
     _requests.get = _nvidia
