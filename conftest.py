@@ -5,12 +5,18 @@ import os
 import pytest
 
 
+LONG = ("test_real_pairs.py", "ray", "docker")  # groups that take minutes
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Keep the tests of one file on one worker, so that what they share is made once."""
+    """Keep the tests of one file on one worker, so that what they share is made once; start with the longest."""
     for item in items:
         if not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.path.name))
+    groups = [item.get_closest_marker("xdist_group").args[0] for item in items]
+    order = sorted(range(len(items)), key=lambda i: LONG.index(groups[i]) if groups[i] in LONG else len(LONG))
+    items[:] = [items[i] for i in order]
 
 
 def pytest_configure():

@@ -242,8 +242,9 @@ class TemplateFlow(FlowSpec):
         """Train; after a crash, `@retry` and `resume` go on from the last checkpoint."""
         importlib.import_module("transformers").set_seed(self.seed)
         model, tokenizer = load_model(self.base_model) if self.base_model else new_model(self.training)
-        unfinished = Step(f"{current.flow_name}/{current.origin_run_id}/train") if current.origin_run_id else []
-        for saved in [saved for task in unfinished for saved in Checkpoint().list(task=task)[:1]]:
+        origin = Step(f"{current.flow_name}/{current.origin_run_id}/train") if current.origin_run_id else []
+        mine = os.environ["METAFLOW_CHECKPOINT_TASK_IDENTIFIER"]  # with `foreach`, each task has another one
+        for saved in [each for task in origin for each in Checkpoint().list(task=task)[:1] if mine in each["key"]]:
             Checkpoint().load(saved, current.checkpoint.directory)
         with tracked(self.offline, pairs=len(self.training)) as run:
             log = fit(model, tokenizer, self.training, current.checkpoint, self.seconds, seed=self.seed,
@@ -253,6 +254,7 @@ class TemplateFlow(FlowSpec):
         self.losses = [{"step": line["step"], "loss": float(line["loss"])} for line in log if "loss" in line]
         axes = {axis: {"field": name, "type": "quantitative"} for axis, name in {"x": "step", "y": "loss"}.items()}
         current.card.append(VegaChart({"data": {"values": self.losses}, "mark": "line", "encoding": axes}))
+        tokenizer("")  # forgets padding and truncation, which would be saved too
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -279,8 +281,7 @@ class TemplateFlow(FlowSpec):
                        "chrf": CHRF().corpus_score([row[2] for row in rows], [targets]).score,
                        "chrf_of_copying": CHRF().corpus_score(sources, [targets]).score}
         current.card.append(Table([[str(round(n, 1)) for n in self.scores.values()]], headers=list(self.scores)))
-        samples = [[text[:90] for text in row] for row in rows[:50]]
-        current.card.append(Table(samples, headers=["source", "target", "output"]))
+        current.card.append(Table([[text[:90] for text in row] for row in rows[:50]], ["source", "target", "output"]))
         with tracked(self.offline) as run:
             run.summary.update(self.scores)
         if self.scores["chrf"] <= max(self.min_chrf, self.scores["chrf_of_copying"]):

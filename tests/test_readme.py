@@ -21,16 +21,20 @@ NOT_RUN = {  # pattern: why
 }
 
 
-def commands():
-    """[(command, lines of output that follow it), ...] in the order of README.md."""
-    found, text = [], (ROOT / "README.md").read_text("utf-8")
-    for block in re.findall(r"^```console\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+def commands(page=ROOT / "README.md"):
+    """[(command, lines of output that follow it), ...] in the order of a page."""
+    found = []
+    for block in re.findall(r"^```console\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE):
         for line in block.splitlines():
             if line.startswith("$ "):
                 found.append((line[2:], []))
             else:
                 found[-1][1].append(line)
     return found
+
+
+def not_run(command):
+    return any(fnmatch.fnmatch(command, pattern) for pattern in NOT_RUN)
 
 
 def shows(output, expected):
@@ -81,26 +85,38 @@ def test_make_demo_twice(tmp_path):
         assert list(Path("/tmp").glob("demo.*")) == []  # it cleans up
 
 
-@pytest.mark.xdist_group("ray")
-def test_commands_for_a_copy(tmp_path):
+def copy(folder):
+    """The templates, as somebody copies them; the folder."""
     for path in (path for path in (ROOT / "templates").iterdir() if path.is_file()):
-        shutil.copy(path, tmp_path)
-    environment, server = {**clean(tmp_path), "RAY_TMPDIR": "/tmp"}, None
+        shutil.copy(path, folder)
+    return folder
+
+
+def run_all(pairs, folder):
+    """Run commands in a folder, one after the other, and compare what they print; return how many were run."""
+    environment, server, done = {**clean(folder), "RAY_TMPDIR": "/tmp"}, None, 0
     try:
-        for command, expected in commands()[2:]:
-            if any(fnmatch.fnmatch(command, pattern) for pattern in NOT_RUN):
+        for command, expected in pairs:
+            if not_run(command):
                 continue
+            done += 1
             if command.startswith("serve run"):
-                server = subprocess.Popen(["bash", "-c", f"exec {command} > serve.log 2>&1"], cwd=tmp_path,
+                server = subprocess.Popen(["bash", "-c", f"exec {command} > serve.log 2>&1"], cwd=folder,
                                           env=environment, start_new_session=True)
-                wait_for("http://127.0.0.1:8000/translate/health", server, tmp_path / "serve.log")
+                wait_for("http://127.0.0.1:8000/translate/health", server, folder / "serve.log")
                 continue
-            output = run(command, tmp_path, environment).replace("\r\n", "\n")
+            output = run(command, folder, environment).replace("\r\n", "\n")
             assert shows(output, expected), (command, expected, output)
     finally:
         if server:
             server.send_signal(signal.SIGTERM)
             server.wait(60)
+    return done
+
+
+@pytest.mark.xdist_group("ray")
+def test_commands_for_a_copy(tmp_path):
+    assert run_all(commands()[2:], copy(tmp_path)) >= 6
 
 
 def test_files_that_the_readme_names_are_there():

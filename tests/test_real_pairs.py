@@ -10,7 +10,7 @@ from test_template_flow import artifacts, run
 def test_message_catalogues_of_other_projects(tmp_path):
     script = Path(__file__).with_name("real_pairs.py")
     subprocess.run([sys.executable, str(script), "pairs.tsv"], cwd=tmp_path, check=True, timeout=60)
-    code, output = run(tmp_path, "--data", "pairs.tsv", "--epochs", "12", seconds=1500, OMP_NUM_THREADS="2")
+    code, output = run(tmp_path, "--data", "pairs.tsv", "--epochs", "9", seconds=1500)
     assert code == 0, output
     found = artifacts(tmp_path, "evaluate")
     assert len(found["pairs"]) > 5000 and found["scores"]["held_out_pairs"] > 500

@@ -207,7 +207,7 @@ class Cloud:
             {"WANDB_API_KEY": base64.b64encode(CANARY.encode()).decode()}).encode())
         self.settings = {"METAFLOW_S3_ENDPOINT_URL": self.url, "integrations": integrations}
         self.cluster = pods.Cluster(
-            LABEL, {**KEYS, "AWS_ENDPOINT_URL_SECRETS_MANAGER": self.url, "OMP_NUM_THREADS": "2"},
+            LABEL, {**KEYS, "AWS_ENDPOINT_URL_SECRETS_MANAGER": self.url, "OMP_NUM_THREADS": "1"},
             secrets={"wandb": {"WANDB_API_KEY": CANARY}}, images={"python:3.11": "python:3.11-slim-bookworm"})
 
     @staticmethod
@@ -269,7 +269,7 @@ def test_image_runs_as_anybody_and_holds_no_secret(image, tmp_path):
         whole = b"".join(iter(lambda: saved.stdout.read(1 << 24), b""))
     assert find(CANARY, whole) == 0 < find("METAFLOW_USER=flow", whole)
     done = pods.docker("run", "--rm", f"--label={LABEL}", "--network=none", "--user=54321:54321", "--read-only",
-                       "--tmpfs=/work:mode=1777", "--tmpfs=/tmp", "--env=OMP_NUM_THREADS=2",
+                       "--tmpfs=/work:mode=1777", "--tmpfs=/tmp", "--env=OMP_NUM_THREADS=1",
                        f"--volume={TEMPLATES / 'template_flow.py'}:/flow/template_flow.py:ro", image, "python",
                        "/flow/template_flow.py", "--no-pylint", "run", "--epochs", "4", seconds=150)
     assert done.returncode == 0 and "Done!" in done.stdout, done.stdout

@@ -1,0 +1,113 @@
+"""What docs/*.md says is so: its commands are run, its changes are made, and its messages are the real ones."""
+
+import os
+import re
+import subprocess
+import sys
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+from test_interrupted import epochs
+from test_readme import NOT_RUN, ROOT, clean, commands, copy, not_run, run, run_all
+from test_remote import HERE, KEYS, REFUSED
+from test_template_flow import artifacts, pairs_file
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def blocks(name, language):
+    text = (ROOT / "docs" / name).read_text("utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_print_what_the_page_says(page, tmp_path):
+    found = commands(page)
+    assert found and run_all(found, copy(tmp_path)) >= 1
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+def test_links_to_files_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+)", page.read_text("utf-8")):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+def test_script_of_the_page_runs(tmp_path):
+    (script,) = blocks("train.md", "python")
+    folder = copy(tmp_path)
+    (folder / "script.py").write_text(script)
+    output = run("python script.py", folder, clean(folder))
+    assert re.search(r"True \{'held_out_pairs': 201, .*'chrf'", output), output
+
+
+def changed(folder, number):
+    """A copy of the templates with a change that docs/train.md shows."""
+    copy(folder)
+    (folder / "change.diff").write_text(blocks("train.md", "diff")[number])
+    run("git init -q && git apply change.diff", folder, clean(folder))
+    return folder
+
+
+def test_trainings_side_by_side_keep_the_best_and_resume_each_its_own(tmp_path):
+    folder = changed(tmp_path, 0)
+    environment = {**clean(folder), "METAFLOW_HOME": str(folder / "none"), "METAFLOW_USER": "test"}
+    flow, mark = folder / "template_flow.py", "            # YOUR CODE: log your own numbers"
+    source = flow.read_text("utf-8")
+    assert source.count(mark) == 1
+    run("python template_flow.py --no-pylint run --epochs 4", folder, environment)
+    whole = artifacts(folder, "best")
+    # Seed 2 fails when it is trained, before it has said so: `resume` has to go on from its own checkpoint.
+    flow.write_text(source.replace(mark, f"            assert self.input != 2, 'broken off'\n{mark}"), "utf-8")
+    broken = subprocess.run([sys.executable, flow, "--no-pylint", "run", "--epochs", "4"], cwd=folder, env=environment,
+                            capture_output=True, text=True, timeout=300)
+    assert broken.returncode != 0 and "broken off" in broken.stdout + broken.stderr
+    flow.write_text(source, "utf-8")
+    again = run("python template_flow.py --no-pylint resume", folder, environment)
+    assert len(epochs(again)) < 5  # none of the other seeds is trained again, and this one is nearly done
+    resumed = artifacts(folder, "best")
+    assert resumed["scores"] == whole["scores"] and resumed["model"] == whole["model"]
+    assert "model: the model of run" in run("python export_model.py", folder, environment)
+
+
+def test_pairs_from_s3(tmp_path):
+    folder = changed(tmp_path, 1)
+    pairs = [(f"text {number}", f"texte {number}") for number in range(200)]
+    moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    moto.start()
+    try:
+        url = "http://{}:{}".format(*moto.get_host_and_port())
+        s3 = boto3.client("s3", endpoint_url=url, **dict(zip(
+            ("aws_access_key_id", "aws_secret_access_key", "region_name"), KEYS.values())))
+        s3.create_bucket(Bucket="bucket")
+        s3.upload_file(pairs_file(folder / "pairs.tsv", pairs), "bucket", "pairs.tsv")
+        os.remove(folder / "pairs.tsv")
+        environment = {**clean(folder), **KEYS, "METAFLOW_S3_ENDPOINT_URL": url, "METAFLOW_USER": "test",
+                       "METAFLOW_HOME": str(folder / "none"), "PYTHONPATH": str(HERE / "remote/extension"),
+                       "METAFLOW_DATATOOLS_S3ROOT": "s3://bucket/data", "STAND_IN_CLUSTER": "http://127.0.0.1:9"}
+        command = "python template_flow.py --no-pylint run --epochs 1 --data s3://bucket/{}"
+        for name, expected in (("none.tsv", "s3://bucket/none.tsv"), ("pairs.tsv", "not good enough")):
+            done = subprocess.run(["bash", "-c", command.format(name)], cwd=folder, env=environment, timeout=200,
+                                  capture_output=True, text=True)
+            output = done.stdout + done.stderr
+            assert done.returncode != 0 and expected in output and "Traceback" not in output, output
+        found = artifacts(folder, "prepare")
+        assert sorted(found["training"] + found["held_out"]) == sorted(pairs)
+    finally:
+        moto.stop()
+
+
+def test_lines_that_stop_a_run_are_the_real_ones():
+    table = (ROOT / "docs/train.md").read_text("utf-8").split("| the line that stops it |")[1].split("\n\n")[0]
+    lines = re.findall(r"\| `([^`]+)` \|$", table, re.MULTILINE)
+    said = [expected for _, _, expected in REFUSED.values()]
+    assert len(lines) == 6
+    for line in lines:
+        assert any(line.split("[")[0].split("...")[0] in each for each in said), line
+
+
+def test_blocks_that_are_not_run_are_few():
+    every = [command for page in [ROOT / "README.md", *PAGES] for command, _ in commands(page)]
+    left_out = [command for command in every if not_run(command)]
+    print(f"{len(every) - len(left_out)} of {len(every)} commands are run; not run: {left_out}")
+    assert len(left_out) <= len(NOT_RUN) + 2
