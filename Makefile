@@ -10,29 +10,38 @@ PYTHON ?= python3
 TORCH_CPU ?= https://download.pytorch.org/whl/cpu
 REQUIREMENTS := templates/requirements.outerbounds.txt templates/requirements-rayserve.txt requirements-dev.txt
 BIN := $(CURDIR)/.venv/bin
+PEERS := $(patsubst bench/requirements-%.txt,bench/.venv-%/ready,$(wildcard bench/requirements-*.txt))
 
 help: ## list these targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
 
 setup: .venv/ready ## make .venv with what the templates and their tests need
 
+# $(call install,folder,requirements files): a virtual environment, with the CPU build of torch where it can be had
+define install
+@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || {
+  echo "make setup: needs Python 3.10 to 3.13; name one: make setup PYTHON=python3.11"; exit 1; }
+log=$$(mktemp)
+failed() { echo "make setup: $$1 ($$(grep -m1 '^ERROR' $$log || tail -n1 $$log)); the whole log: $$log"; rm -rf $1; exit 1; }
+echo "installing into $1, a few minutes the first time ..."
+rm -rf $1
+$(PYTHON) -m venv $1 > $$log 2>&1 || failed "cannot make $1; on Debian install python3-venv"
+torch=$$(grep -h '^torch==' templates/requirements.outerbounds.txt)
+if [ "$$(uname -s)" = Linux ] && [ -n "$(TORCH_CPU)" ]; then
+  case "$(TORCH_CPU)" in http*) from="--extra-index-url $(TORCH_CPU)" ;; *) from="--find-links $(TORCH_CPU)" ;; esac
+  $1/bin/pip install -q --retries 0 --timeout 5 --no-deps $$from "$$torch+cpu" > $$log 2>&1 ||
+    echo "no CPU build of torch at $(TORCH_CPU): taking the default one, which is large"
+fi
+$1/bin/pip install -q --retries 2 $(2:%=-r %) > $$log 2>&1 || failed "cannot install; is there a network?"
+rm $$log
+touch $1/ready
+endef
+
 .venv/ready: $(REQUIREMENTS)
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || {
-	  echo "make setup: needs Python 3.10 to 3.13; name one: make setup PYTHON=python3.11"; exit 1; }
-	log=$$(mktemp)
-	failed() { echo "make setup: $$1 ($$(grep -m1 '^ERROR' $$log || tail -n1 $$log)); the whole log: $$log"; rm -rf .venv; exit 1; }
-	echo "installing into .venv, a few minutes the first time ..."
-	rm -rf .venv
-	$(PYTHON) -m venv .venv > $$log 2>&1 || failed "cannot make .venv; on Debian install python3-venv"
-	torch=$$(grep -h '^torch==' templates/requirements.outerbounds.txt)
-	if [ "$$(uname -s)" = Linux ] && [ -n "$(TORCH_CPU)" ]; then
-	  case "$(TORCH_CPU)" in http*) from="--extra-index-url $(TORCH_CPU)" ;; *) from="--find-links $(TORCH_CPU)" ;; esac
-	  $(BIN)/pip install -q --retries 0 --timeout 5 --no-deps $$from "$$torch+cpu" > $$log 2>&1 ||
-	    echo "no CPU build of torch at $(TORCH_CPU): taking the default one, which is large"
-	fi
-	$(BIN)/pip install -q --retries 2 $(REQUIREMENTS:%=-r %) > $$log 2>&1 || failed "cannot install; is there a network?"
-	rm $$log
-	touch $@
+	$(call install,.venv,$(REQUIREMENTS))
+
+bench/.venv-%/ready: bench/requirements-%.txt
+	$(call install,$(@D),$<)
 
 demo: setup ## train, export, serve and ask the translator, in a temporary folder; about a minute
 	@$(BIN)/python -c 'import socket; socket.create_server(("127.0.0.1", 8000))' 2>/dev/null || {
@@ -71,8 +80,8 @@ demo: setup ## train, export, serve and ask the translator, in a temporary folde
 test: setup ## run every test
 	@$(BIN)/python -m pytest
 
-bench: ## measure the server against its peers
-	@echo "make bench: not yet"; exit 2
+bench: setup $(PEERS) ## measure the server against its peers, half an hour; make bench BENCH="--rounds 1 --seconds 5"
+	@$(BIN)/python bench/bench.py $(BENCH)
 
 faults: ## break things under load and count what is lost
 	@echo "make faults: not yet"; exit 2

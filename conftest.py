@@ -5,7 +5,7 @@ import os
 import pytest
 
 
-LONG = ("test_real_pairs.py", "ray", "docker")  # groups that take minutes
+LONG = ("test_real_pairs.py", "ray", "test_places.py", "docker", "test_tracking.py")  # groups that take minutes
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

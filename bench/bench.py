@@ -1,0 +1,267 @@
+"""Measure template_ray_serve.py and its peers with one model, in one go and in turns: `make bench`.
+
+    python bench.py [--rounds N] [--seconds S] [--servers template,ray-docs,...]
+
+Each round starts every server once, alone, and asks it from 1, 8, 32 and 128 clients that wait for their answer. Prints
+a table, writes results.json and results.svg. Only ratios within one run tell something: machines drift.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import matplotlib
+import psutil
+import yaml
+from model import texts
+
+HERE = Path(__file__).parent
+CLIENTS, PORT, THREADS = (1, 8, 32, 128), 8123, os.cpu_count() or 1
+RUN_APP = ["-m", "uvicorn", "--host", "127.0.0.1", "--port", str(PORT), "--log-level", "warning"]
+
+
+def template(precision):
+    """The command of the template with a production-like config, all CPUs for the one replica."""
+    def config(folder):
+        content = yaml.safe_load((HERE.parent / "templates/serve_config.yaml").read_text("utf-8"))
+        content["http_options"] = {"host": "127.0.0.1", "port": PORT}
+        application = content["applications"][0]
+        application["args"] = {"model": str(folder / "model"), "precision": precision}
+        deployment = application["deployments"][0]
+        deployment["autoscaling_config"].update({"max_replicas": 1})
+        deployment["ray_actor_options"] = {"num_cpus": THREADS}
+        deployment["max_surge_percent"] = 0
+        (folder / "serve_config.yaml").write_text(yaml.safe_dump(content))
+        return ["-m", "ray.serve.scripts", "run", str(folder / "serve_config.yaml")], HERE.parent / "templates"
+    return config
+
+
+def ray_docs(folder):
+    config = {"http_options": {"host": "127.0.0.1", "port": PORT}, "applications": [
+        {"name": "docs", "route_prefix": "/translate", "import_path": "ray_docs:app"}]}
+    (folder / "ray_docs.yaml").write_text(yaml.safe_dump(config))
+    return ["-m", "ray.serve.scripts", "run", str(folder / "ray_docs.yaml")], HERE
+
+
+SERVERS = {  # name: (virtual environment, what gives command and folder, further variables)
+    "template": (None, template("float32"), {}),
+    "template bfloat16": (None, template("bfloat16"), {}),
+    "ray-docs": (None, ray_docs, {}),
+    "fastapi": (None, lambda _: ([*RUN_APP, "fastapi_app:app"], HERE), {}),
+    "litserve": ("litserve", lambda _: (["litserve_app.py"], HERE), {}),
+    "bentoml": ("bentoml", lambda _: (["-m", "bentoml", "serve", "bentoml_app:Translator", "--host", "127.0.0.1",
+                                       "--port", str(PORT), "--api-workers", "1"], HERE), {"BENTOML_DO_NOT_TRACK": "1"}),
+    "ctranslate2": ("ctranslate2", lambda _: ([*RUN_APP, "ctranslate2_app:app"], HERE), {"BENCH_PRECISION": "int8"}),
+}
+
+
+class Server:
+    """A server in a session of its own, ended with all that it started."""
+    def __init__(self, name, folder):
+        venv, command, more = SERVERS[name]
+        python = str(HERE / f".venv-{venv}/bin/python") if venv else sys.executable
+        arguments, at = command(folder)
+        environment = {**os.environ, "BENCH_MODEL": str(folder / "model"), "BENCH_THREADS": str(THREADS),
+                       "BENCH_PORT": str(PORT), "OMP_NUM_THREADS": str(THREADS), "RAY_ADDRESS": "local",
+                       "RAY_TMPDIR": str(folder), "HF_HUB_OFFLINE": "1", "BENTOML_HOME": str(folder / "bentoml"), **more}
+        self.name, self.log = name, (folder / "log").open("w+")
+        self.process = subprocess.Popen([python, *arguments], cwd=at, env=environment, start_new_session=True,
+                                        stdout=self.log, stderr=subprocess.STDOUT)
+
+    def __enter__(self):
+        for _ in range(120):
+            if asyncio.run(Line(self.name).ask("hello"))[1]:
+                return self
+            if self.process.poll() is not None:
+                break
+            time.sleep(1)
+        self.__exit__()
+        self.log.seek(0)
+        raise SystemExit(f"{self.name} did not start:\n{self.log.read()[-3000:]}")
+
+    def __exit__(self, *_):
+        started = [each for each in psutil.process_iter() if self.ours(each)]
+        for each in started:
+            if each.pid == self.process.pid:
+                each.send_signal(signal.SIGTERM)
+        for each in psutil.wait_procs(started, timeout=30)[1]:
+            each.kill()
+        self.process.wait(10)
+
+    def ours(self, process):
+        try:
+            return os.getsid(process.pid) == self.process.pid
+        except ProcessLookupError:
+            return False
+
+
+class Line:
+    """One client's connection; HTTP/1.1 by hand, since a full client would take CPU time from the server."""
+    def __init__(self, server):
+        self.reader = self.writer = None
+        self.form = (lambda text: [text]) if server == "bentoml" else str  # one that batches takes lists only
+
+    async def ask(self, text):
+        """Seconds until the answer, and whether it was one."""
+        body = json.dumps({"text": self.form(text)}).encode()
+        begin = time.perf_counter()
+        try:
+            if self.writer is None:
+                self.reader, self.writer = await asyncio.open_connection("127.0.0.1", PORT)
+            self.writer.write(b"POST /translate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+                              b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+            head = (await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), 120)).lower()
+            size = int(head.split(b"content-length:")[1].split(b"\r\n")[0])
+            answer = await self.reader.readexactly(size)
+            return time.perf_counter() - begin, head.split()[1] == b"200" and len(answer) > 20
+        except (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError, IndexError):
+            self.writer = None
+            await asyncio.sleep(0.1)
+            return time.perf_counter() - begin, False
+
+
+async def closed_loop(server, clients, mix, seconds):
+    """What `clients` clients get that ask again as soon as they have an answer; the first answers are not counted."""
+    many, found = itertools.cycle(texts(mix)), []
+    begin = time.perf_counter()
+    warm = begin + max(2.0, clients / 16)  # until the batches have found their size
+
+    async def client(line):
+        while time.perf_counter() < warm + seconds:
+            found.append((*await line.ask(next(many)), time.perf_counter()))
+
+    await asyncio.gather(*[client(Line(server)) for _ in range(clients)])
+    counted = [(took, good) for took, good, at in found if warm <= at <= warm + seconds]
+    times = sorted(took for took, good in counted if good)
+    assert times, f"no answer within {seconds} s"
+    return {"requests_per_s": len(times) / seconds, "p50_ms": 1000 * statistics.median(times),
+            "p99_ms": 1000 * times[int(len(times) * 0.99)], "errors": len(counted) - len(times)}
+
+
+async def open_loop(server, rate, seconds):
+    """The same for clients that come by chance, `rate` each second, whether the others have been served or not."""
+    many, chance, idle, times, tasks = itertools.cycle(texts("equal")), random.Random(0), [], [], []
+
+    async def client():
+        line = idle.pop() if idle else Line(server)
+        times.append(await line.ask(next(many)))
+        idle.append(line)
+
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        tasks.append(asyncio.create_task(client()))
+        await asyncio.sleep(chance.expovariate(rate))
+    await asyncio.gather(*tasks)
+    good = sorted(took for took, fine in times if fine)
+    return {"requests_per_s": rate, "p50_ms": 1000 * statistics.median(good),
+            "p99_ms": 1000 * good[int(len(good) * 0.99)], "errors": len(times) - len(good)}
+
+
+def measure(name, folder, seconds, rates):
+    """Yield the results of one server, started for this."""
+    if name == "limit":
+        done = subprocess.run([sys.executable, HERE / "limit.py", folder / "model", str(seconds), str(THREADS)],
+                              check=True, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": str(THREADS)})
+        yield from map(json.loads, done.stdout.splitlines())
+        return
+    with Server(name, folder):
+        for mix, clients in itertools.product(("equal", "mixed"), CLIENTS):
+            result = asyncio.run(closed_loop(name, clients, mix, seconds))
+            yield {"server": name, "clients": clients, "mix": mix, **result}
+            if name.startswith("template") and (mix, clients) == ("equal", 32):
+                rates.setdefault(name, 0.8 * result["requests_per_s"])  # of the first round
+        if name in rates:
+            result = asyncio.run(open_loop(name, rates[name], 3 * seconds))
+            yield {"server": name, "clients": 0, "mix": "80 % load", **result}
+
+
+def merged(results):
+    """The median of the rounds, with the smallest and the largest rate."""
+    groups = {}
+    for each in results:
+        groups.setdefault((each["server"], each["clients"], each["mix"]), []).append(each)
+    for (server, clients, mix), rounds in groups.items():
+        rates = [each["requests_per_s"] for each in rounds]
+        yield {"server": server, "clients": clients, "mix": mix, "errors": sum(each["errors"] for each in rounds),
+               **{key: round(statistics.median(each[key] for each in rounds), 2)
+                  for key in ("requests_per_s", "p50_ms", "p99_ms")},
+               "lowest": round(min(rates), 2), "highest": round(max(rates), 2), "rounds": len(rounds)}
+
+
+def ratios(table):
+    """The lines that compare: [(what, figure), ...]."""
+    at = {(each["server"], each["clients"], each["mix"]): each for each in table}
+
+    def rate(server, clients=32, mix="equal"):
+        return at[server, clients, mix]["requests_per_s"]
+
+    for name, limit in (("template", "limit float32"), ("template bfloat16", "limit bfloat16")):
+        if (name, 32, "equal") in at and (limit, 32, "equal") in at:
+            yield f"{name} at 32 clients, of {limit}", rate(name) / rate(limit)
+            yield f"{name} at 1 client, ms added to the call", at[name, 1, "equal"]["p50_ms"] - at[
+                limit, 1, "equal"]["p50_ms"]
+            yield f"{name}, equal lengths against mixed ones", rate(name) / rate(name, mix="mixed")
+            loaded = at[name, 0, "80 % load"]
+            yield f"{name} at 80 % load, p99 against p50", loaded["p99_ms"] / loaded["p50_ms"]
+    for server in SERVERS:
+        if not server.startswith("template") and (server, 32, "equal") in at and ("template", 32, "equal") in at:
+            yield f"template at 32 clients, against {server}", rate("template") / rate(server)
+
+
+def plot(table):
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for name in dict.fromkeys(each["server"] for each in table):
+        line = [each for each in table if each["server"] == name and each["mix"] == "equal"]
+        style = {"linestyle": "--", "color": "grey"} if name.startswith("limit") else {"marker": "o"}
+        axes.plot([each["clients"] for each in line], [each["requests_per_s"] for each in line], label=name, **style)
+    axes.set(xscale="log", yscale="log", xlabel="clients (of the limit: texts in a batch)", ylabel="requests/s",
+             xticks=CLIENTS, xticklabels=CLIENTS, title=f"One model of 60 million parameters, {THREADS} CPUs")
+    axes.legend(fontsize="small")
+    figure.savefig(HERE / "results.svg")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=10, help="of each measurement")
+    parser.add_argument("--servers", default=",".join(["limit", *SERVERS]), help="default: all")
+    arguments = parser.parse_args()
+    names, results, rates = arguments.servers.split(","), [], {}
+    folder = Path(tempfile.mkdtemp(prefix="bench.", dir="/tmp"))  # short: Ray puts sockets there
+    try:
+        subprocess.run([sys.executable, HERE / "model.py", folder / "model"], check=True)
+        for number, name in itertools.product(range(arguments.rounds), names):
+            for result in measure(name, folder, arguments.seconds, rates):
+                print(f"round {number + 1}:", json.dumps(result), flush=True)
+                results.append(result)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    table = list(merged(results))
+    (HERE / "results.json").write_text(json.dumps(table, indent=1) + "\n")
+    plot(table)
+    print(f"{'server':20} {'clients':>7} {'mix':10} {'requests/s':>10} {'lowest to highest':>19} {'p50 ms':>9} "
+          f"{'p99 ms':>9} {'errors':>6}")
+    for each in table:
+        print(f"{each['server']:20} {each['clients']:7} {each['mix']:10} {each['requests_per_s']:10.1f} "
+              f"{each['lowest']:9.1f} {each['highest']:9.1f} {each['p50_ms']:9.0f} {each['p99_ms']:9.0f} "
+              f"{each['errors']:6}")
+    print(f"{arguments.rounds} rounds, each figure the median of {arguments.seconds:g} s in each of them")
+    for what, figure in ratios(table):
+        print(f"{what}: {figure:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""What the hardware can do: generate() in this process, without a server, in batches of 1, 8 and 32.
+
+    python limit.py FOLDER SECONDS THREADS
+"""
+
+import json
+import sys
+import time
+
+import torch
+from model import texts
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+PREFIX = "translate English to French: "
+
+
+def main(folder, seconds, threads):
+    torch.set_num_threads(int(threads))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for dtype in ("float32", "bfloat16"):
+        model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=dtype).eval()
+        for size in (1, 8, 32):
+            for mix in ("equal", "mixed"):
+                many, times, end = texts(mix), [], time.perf_counter() + float(seconds)
+                while time.perf_counter() < end or len(times) < 2:
+                    begin, at = time.perf_counter(), len(times) * size % len(many)
+                    batch = [PREFIX + text for text in many[at:at + size]]
+                    ids = tokenizer(batch, return_tensors="pt", padding=True)
+                    with torch.inference_mode():
+                        out = model.generate(**ids, do_sample=False, num_beams=1)
+                    tokenizer.batch_decode(out, skip_special_tokens=True)
+                    times.append(time.perf_counter() - begin)
+                times = sorted(times[1:])
+                print(json.dumps({
+                    "server": f"limit {dtype}", "clients": size, "mix": mix,
+                    "requests_per_s": size * len(times) / sum(times), "p50_ms": 1000 * times[len(times) // 2],
+                    "p99_ms": 1000 * times[int(len(times) * 0.99)], "errors": 0}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

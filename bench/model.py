@@ -1,0 +1,43 @@
+"""Make a T5 of t5-small's shape (60 million parameters, random weights) whose every answer has 20 tokens.
+
+    python model.py FOLDER
+"""
+
+import itertools
+import sys
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import GenerationConfig, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+WORDS = "the a small big old new house garden river train letter teacher doctor sees buys paints opens in near with and"
+
+
+def texts(mix):
+    """256 English-like texts without an end: of 16 words each (`equal`), or of 2 to 30 words, 16 on average (`mixed`)."""
+    words = itertools.cycle(WORDS.split()[i * 7 % 20] for i in range(20 * 19))
+    lengths = [16] * 256 if mix == "equal" else [2 + (i * 37) % 29 for i in range(256)]
+    return [" ".join(itertools.islice(words, length)) for length in lengths]
+
+
+def main(folder):
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = byte_level, decoders.ByteLevel()
+    bpe.train_from_iterator(["translate English to French: " + WORDS] * 2, trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=["<pad>", "</s>"], initial_alphabet=byte_level.alphabet(), show_progress=False))
+    # The rest of the vocabulary are made-up words, so that every token that the model gives is a text.
+    bpe.add_tokens([f" w{number}" for number in range(32128 - bpe.get_vocab_size())])
+    bpe.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>",
+                                        model_input_names=["input_ids", "attention_mask"])
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(decoder_start_token_id=0))  # the defaults are t5-small's
+    model.generation_config = GenerationConfig(min_new_tokens=20, max_new_tokens=20, decoder_start_token_id=0,
+                                               pad_token_id=0, eos_token_id=1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
