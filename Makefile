@@ -86,9 +86,9 @@ bench: setup $(PEERS) ## measure the server against its peers, half an hour; mak
 faults: ## break things under load and count what is lost
 	@echo "make faults: not yet"; exit 2
 
-lint: setup ## ruff and mypy over templates/ and tests/
-	@$(BIN)/ruff check templates tests
+lint: setup ## ruff and mypy
+	@$(BIN)/ruff check templates tests bench
 	$(BIN)/mypy
 
 clean: ## remove what the other targets made
-	@rm -rf .venv model templates/model .metaflow wandb .*_cache templates/__pycache__ tests/__pycache__
+	@rm -rf .venv bench/.venv-* bench/results.* model templates/model .metaflow wandb .*_cache templates/__pycache__ tests/__pycache__

@@ -37,7 +37,7 @@ def template(precision):
         content = yaml.safe_load((HERE.parent / "templates/serve_config.yaml").read_text("utf-8"))
         content["http_options"] = {"host": "127.0.0.1", "port": PORT}
         application = content["applications"][0]
-        application["args"] = {"model": str(folder / "model"), "precision": precision}
+        application["args"] = {"model": str(folder / "model"), "precision": precision, "max_new_tokens": 20}
         deployment = application["deployments"][0]
         deployment["autoscaling_config"].update({"max_replicas": 1})
         deployment["ray_actor_options"] = {"num_cpus": THREADS}
@@ -122,8 +122,13 @@ class Line:
             self.writer.write(b"POST /translate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
                               b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
             head = (await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), 120)).lower()
-            size = int(head.split(b"content-length:")[1].split(b"\r\n")[0])
-            answer = await self.reader.readexactly(size)
+            answer = b""
+            if b"chunked" in head:
+                while size := int(await self.reader.readline(), 16):
+                    answer += (await self.reader.readexactly(size + 2))[:-2]
+                await self.reader.readline()
+            else:
+                answer = await self.reader.readexactly(int(head.split(b"content-length:")[1].split(b"\r\n")[0]))
             return time.perf_counter() - begin, head.split()[1] == b"200" and len(answer) > 20
         except (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError, IndexError):
             self.writer = None

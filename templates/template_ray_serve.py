@@ -90,8 +90,7 @@ class Model:
             raise RuntimeError("prefix: takes more than half of max_sentence_tokens")
         known = Path(name, "known_answers.json")
         for text, right in (json.loads(known.read_text("utf-8")) if known.is_file() else {}).items():
-            answer = self([self.encode(text)])[0][0]
-            if answer != right:
+            if (answer := self([self.encode(text)])[0][0]) != right:
                 raise RuntimeError(f"{known}: the model answers {text!r} with {answer!r}, not {right!r}")
 
     def encode(self, text: str) -> list[int]:
@@ -123,9 +122,8 @@ class Model:
         ids = self.tokenizer.pad({"input_ids": batch}, return_tensors="pt")
         with torch.inference_mode():
             out = self.model.generate(**ids, max_new_tokens=self.settings.max_new_tokens, do_sample=False, num_beams=1)
-        cut = (out != self.tokenizer.eos_token_id).all(dim=1).tolist()
         texts = self.tokenizer.batch_decode(out, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return list(zip(texts, cut, strict=True))
+        return list(zip(texts, (out != self.tokenizer.eos_token_id).all(dim=1).tolist(), strict=True))
 
 
 class Waiting(NamedTuple):
@@ -158,22 +156,24 @@ class Batcher:
         self.waiting = [one for one in self.waiting if not one.answer.done()]  # done: its client has left
         length = len(self.waiting[0].tokens) if self.waiting else 0
         batch = sorted(self.waiting, key=lambda one: abs(len(one.tokens) - length))[: self.size]
-        taken = {one.answer for one in batch}
-        self.waiting = [one for one in self.waiting if one.answer not in taken]
+        self.waiting = [one for one in self.waiting if one not in batch]
         return batch
 
     async def work(self) -> None:
         """Give the model batch after batch until nobody waits."""
+        loop = asyncio.get_running_loop()
         while batch := self.take():
-            tokens = [one.tokens for one in batch]
-            results = await asyncio.get_running_loop().run_in_executor(self.thread, self.run, tokens)
+            tokens, begin = [one.tokens for one in batch], loop.time()
+            results = await loop.run_in_executor(self.thread, self.run, tokens)
             for one, result in zip(batch, results, strict=True):
                 if not one.answer.done():
                     one.answer.set_result(result)
             self.sizes.observe(len(batch))
             self.tokens.inc(sum(map(len, tokens)))
-            if len(batch) > 1:  # those just answered tend to ask again: let them in before the next batch
-                await asyncio.sleep(0.005)
+            # Those just answered tend to ask again, and with them one batch does what takes two: wait, but not long.
+            full, end = min(len(batch) + len(self.waiting), self.size), loop.time() + (loop.time() - begin) / 8
+            while 1 < full > len(self.waiting) and loop.time() < end:
+                await asyncio.sleep(0.002)
 
     def run(self, batch: list[list[int]]) -> list:
         """A result or an exception for each; a batch that fails is tried one by one, so none harms another."""
