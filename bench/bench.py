@@ -61,7 +61,7 @@ SERVERS = {  # name: (virtual environment, what gives command and folder, furthe
     "fastapi": (None, lambda _: ([*RUN_APP, "fastapi_app:app"], HERE), {}),
     "litserve": ("litserve", lambda _: (["litserve_app.py"], HERE), {}),
     "bentoml": ("bentoml", lambda _: (["-m", "bentoml", "serve", "bentoml_app:Translator", "--host", "127.0.0.1",
-                                       "--port", str(PORT), "--api-workers", "1"], HERE), {"BENTOML_DO_NOT_TRACK": "1"}),
+                                       "--port", str(PORT), "--api-workers", "1"], HERE), {}),
     "ctranslate2": ("ctranslate2", lambda _: ([*RUN_APP, "ctranslate2_app:app"], HERE), {"BENCH_PRECISION": "int8"}),
 }
 
@@ -74,7 +74,8 @@ class Server:
         arguments, at = command(folder)
         environment = {**os.environ, "BENCH_MODEL": str(folder / "model"), "BENCH_THREADS": str(THREADS),
                        "BENCH_PORT": str(PORT), "OMP_NUM_THREADS": str(THREADS), "RAY_ADDRESS": "local",
-                       "RAY_TMPDIR": str(folder), "HF_HUB_OFFLINE": "1", "BENTOML_HOME": str(folder / "bentoml"), **more}
+                       "RAY_TMPDIR": str(folder), "HF_HUB_OFFLINE": "1", "BENTOML_HOME": str(folder / "bentoml"),
+                       "BENTOML_DO_NOT_TRACK": "1", **more}
         self.name, self.log = name, (folder / "log").open("w+")
         self.process = subprocess.Popen([python, *arguments], cwd=at, env=environment, start_new_session=True,
                                         stdout=self.log, stderr=subprocess.STDOUT)

@@ -14,7 +14,7 @@ WORDS = "the a small big old new house garden river train letter teacher doctor 
 
 
 def texts(mix):
-    """256 English-like texts without an end: of 16 words each (`equal`), or of 2 to 30 words, 16 on average (`mixed`)."""
+    """256 texts in the manner of English: of 16 words each (`equal`), or of 2 to 30, 16 on average (`mixed`)."""
     words = itertools.cycle(WORDS.split()[i * 7 % 20] for i in range(20 * 19))
     lengths = [16] * 256 if mix == "equal" else [2 + (i * 37) % 29 for i in range(256)]
     return [" ".join(itertools.islice(words, length)) for length in lengths]
