@@ -171,8 +171,8 @@ class Batcher:
             self.sizes.observe(len(batch))
             self.tokens.inc(sum(map(len, tokens)))
             # Those just answered tend to ask again, and with them one batch does what takes two: wait, but not long.
-            full, end = min(len(batch) + len(self.waiting), self.size), loop.time() + (loop.time() - begin) / 8
-            while 1 < full > len(self.waiting) and loop.time() < end:
+            full, now = min(len(batch) + len(self.waiting), self.size), loop.time()
+            while 1 < full > len(self.waiting) and loop.time() < now + min(0.1, (now - begin) / 8):
                 await asyncio.sleep(0.002)
 
     def run(self, batch: list[list[int]]) -> list:
@@ -275,7 +275,7 @@ class Translator:
             raise HTTPException(408, f"No whole body within {self.settings.body_timeout_s:g} s.", CLOSE) from None
         texts = [question.text] if isinstance(question.text, str) else question.text
         plans, sentences = await asyncio.to_thread(self.model.plan, texts)  # a long text must not hold up the others
-        if sentences and len(self.batcher.waiting) >= self.settings.max_queue:
+        if sentences and sum(not one.answer.done() for one in self.batcher.waiting) >= self.settings.max_queue:
             raise HTTPException(503, "Too many sentences are waiting; try again soon.", {"Retry-After": "1"})
         try:
             # A timeout, or a client that leaves, cancels what still waits for the model.

@@ -275,9 +275,9 @@ def test_image_runs_as_anybody_and_holds_no_secret(image, tmp_path):
     assert done.returncode == 0 and "Done!" in done.stdout, done.stdout
 
 
-def compiled(flow, environment):
+def compiled(flow, environment, *options):
     """The WorkflowTemplate that `argo-workflows create` would send to the cluster."""
-    code, output, said = metaflow(flow, "argo-workflows", "create", "--only-json", **environment)
+    code, output, said = metaflow(flow, "argo-workflows", "create", "--only-json", *options, **environment)
     assert code == 0, output[-3000:] + said[-3000:]
     return json.loads(output[output.index("{"):])  # the bakery tells of its progress before
 
@@ -313,8 +313,9 @@ def test_scheduled_flow_trains_in_the_image_and_goes_on_after_a_kill(cloud, imag
         "SECRETS: list[str] = []": 'SECRETS: list[str] = ["outerbounds.wandb"]', "CRON = None": 'CRON = "0 6 * * 1"',
         "# YOUR CODE: log your own numbers: run.log({\"name\": 1.0})": SHOW_KEY})
     environment = profile(tmp_path, **cloud.settings)
-    manifest = compiled(flow, environment)
-    assert "0 6 * * 1" in json.dumps(manifest) and find(CANARY, json.dumps(manifest).encode()) == 0
+    manifest = compiled(flow, environment, "--notify-on-error", "--notify-slack-webhook-url", "https://slack.invalid")
+    assert all(text in json.dumps(manifest) for text in ("0 6 * * 1", "https://slack.invalid"))
+    assert find(CANARY, json.dumps(manifest).encode()) == 0
     done = argo.submit(manifest, cloud.cluster, "templateflow-x1", lambda line: re.search("'epoch': '6", line))
     codes = {step: [code for code, _ in attempts] for step, (_, attempts) in done.items()}
     assert codes == {"start": [0], "prepare": [0], "train": [137, 0], "evaluate": [0], "end": [0]}
@@ -343,6 +344,7 @@ def test_run_on_kubernetes(cloud, image, tmp_path):
         code, output, said = metaflow(flow, "--no-pylint", "run", "--epochs", "4", seconds=300, **environment)
     assert code == 0 and "Done!" in output + said, output[-3000:] + said[-3000:]
     assert KEY_SHOWN in output + said and CANARY not in output + said  # the Kubernetes secret brought the key
+    assert len(started) == 3 and find(CANARY, *[json.dumps(job.object).encode() for job in started.values()]) == 0
     asked = {job.container["name"]: job.container["resources"] for job in started.values()}
     small = {"limits": {}, "requests": {"cpu": "2", "memory": "8000M", "ephemeral-storage": "10000M"}}
     assert asked == {"prepare": small, "evaluate": small, "train": {

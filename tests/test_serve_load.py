@@ -116,7 +116,7 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(server):
     assert all(answer[1]["error"]["code"] == 503 for answer in refused)
     assert max(each[2] for each in refused) < 1.5  # 100 clients and the server share two CPUs here
     assert job.result()[0] == 200
-    line = in_background(server, body={"text": "wait 1"})
+    line = in_background(server, body={"text": "wait 2"})
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
     connection.request("POST", "/translate", json.dumps({"text": ["one"] * 7}), {"Content-Type": "application/json"})
     time.sleep(0.2)
@@ -126,6 +126,8 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(server):
     assert (reply.status, reply.getheader("Retry-After")) == (503, "1")
     other.close()
     connection.close()
+    time.sleep(0.3)  # its seven have left with it, while the model is still busy
+    assert not line.done() and server.ask(body={"text": "Good morning"}) == (200, {"translation": "Bonjour"})
     assert line.result()[0] == 200
     serves(server)
 
