@@ -48,7 +48,7 @@ demo: setup ## train, export, serve and ask the translator, in a temporary folde
 	  echo "make demo: port 8000 is in use; stop what listens there (another demo? .venv/bin/ray stop)"; exit 1; }
 	folder=$$(mktemp -d /tmp/demo.XXXXXX) # short: Ray puts sockets there, whose paths are limited
 	server=
-	stop() { [ -z "$$server" ] || { kill $$server 2>/dev/null; wait $$server || true; }; rm -rf "$$folder"; }
+	stop() { [ -z "$$server" ] || { kill $$server; wait $$server || true; } 2>/dev/null; rm -rf "$$folder"; }
 	trap stop EXIT
 	cp templates/*.* "$$folder"
 	cd "$$folder"
