@@ -80,7 +80,7 @@ demo: setup ## train, export, serve and ask the translator, in a temporary folde
 test: setup ## run every test
 	@$(BIN)/python -m pytest
 
-bench: setup $(PEERS) ## measure the server against its peers, half an hour; make bench BENCH="--rounds 1 --seconds 5"
+bench: setup $(PEERS) ## measure the server against its peers, an hour; make bench BENCH="--rounds 1 --seconds 5"
 	@$(BIN)/python bench/bench.py $(BENCH)
 
 faults: ## break things under load and count what is lost

@@ -20,7 +20,8 @@ waiting: list = []
 
 def run(batch):
     tokens = [tokenizer.convert_ids_to_tokens(tokenizer(PREFIX + text)["input_ids"]) for text in batch]
-    done = engine.translate_batch(tokens, beam_size=1, min_decoding_length=20, max_decoding_length=20)
+    done = engine.translate_batch(tokens, beam_size=1, min_decoding_length=20, max_decoding_length=20,
+                                  suppress_sequences=[["<pad>"], ["<unk>"]])
     return [tokenizer.decode(tokenizer.convert_tokens_to_ids(each.hypotheses[0])) for each in done]
 
 

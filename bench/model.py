@@ -25,16 +25,17 @@ def main(folder):
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = byte_level, decoders.ByteLevel()
     bpe.train_from_iterator(["translate English to French: " + WORDS] * 2, trainers.BpeTrainer(
-        vocab_size=1000, special_tokens=["<pad>", "</s>"], initial_alphabet=byte_level.alphabet(), show_progress=False))
+        vocab_size=1000, special_tokens=["<pad>", "</s>", "<unk>"], initial_alphabet=byte_level.alphabet(),
+        show_progress=False))
     # The rest of the vocabulary are made-up words, so that every token that the model gives is a text.
     bpe.add_tokens([f" w{number}" for number in range(32128 - bpe.get_vocab_size())])
     bpe.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>",
-                                        model_input_names=["input_ids", "attention_mask"])
+                                        unk_token="<unk>", model_input_names=["input_ids", "attention_mask"])
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(T5Config(decoder_start_token_id=0))  # the defaults are t5-small's
     model.generation_config = GenerationConfig(min_new_tokens=20, max_new_tokens=20, decoder_start_token_id=0,
-                                               pad_token_id=0, eos_token_id=1)
+                                               pad_token_id=0, eos_token_id=1, suppress_tokens=[0, 2])
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
