@@ -246,6 +246,7 @@ def main():
     parser.add_argument("--servers", default=",".join(["limit", *SERVERS]), help="default: all")
     arguments = parser.parse_args()
     names, results, rates = arguments.servers.split(","), [], {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench.py: told to end"))  # so that the server ends too
     folder = Path(tempfile.mkdtemp(prefix="bench.", dir="/tmp"))  # short: Ray puts sockets there
     try:
         subprocess.run([sys.executable, HERE / "model.py", folder / "model"], check=True)
