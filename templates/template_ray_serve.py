@@ -16,7 +16,7 @@ import re
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import ray
 import torch
@@ -126,19 +126,14 @@ class Model:
         return list(zip(texts, (out != self.tokenizer.eos_token_id).all(dim=1).tolist(), strict=True))
 
 
-class Waiting(NamedTuple):
-    """A sentence on its way to the model."""
-    tokens: list[int]
-    answer: asyncio.Future  # of (its translation, whether max_new_tokens cut that off)
-
-
 class Batcher:
     """Runs the model on one thread, each time on the sentences that came in while it was busy."""
     def __init__(self, model: Model, threads: int) -> None:
         # One thread, since torch keeps a team of OpenMP threads for each thread that calls it.
         self.thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))
         self.model, self.size = model, model.settings.max_batch_size
-        self.waiting: list[Waiting] = []
+        # The tokens of each sentence, by the future of (its translation, whether max_new_tokens cut that off).
+        self.waiting: dict[asyncio.Future, list[int]] = {}
         self.worker: asyncio.Task | None = None
         self.sizes = metrics.Histogram("translator_batch_size", boundaries=[1, 2, 4, 8, 16, 32, 64, 128])
         self.tokens = metrics.Counter("translator_input_tokens")
@@ -146,33 +141,38 @@ class Batcher:
 
     def put(self, tokens: list[int]) -> asyncio.Future:
         """Queue a sentence; cancel what comes back, and the model never sees it."""
-        self.waiting.append(Waiting(tokens, asyncio.get_running_loop().create_future()))
+        answer = asyncio.get_running_loop().create_future()
+        self.waiting[answer] = tokens
         if not self.worker or self.worker.done():
             self.worker = asyncio.create_task(self.work())
-        return self.waiting[-1].answer
+        return answer
 
-    def take(self) -> list[Waiting]:
+    def alive(self) -> dict[asyncio.Future, list[int]]:
+        """Those that wait, without those whose client has left."""
+        self.waiting = {one: tokens for one, tokens in self.waiting.items() if not one.done()}
+        return self.waiting
+
+    def take(self) -> dict[asyncio.Future, list[int]]:
         """The sentence that waits longest and those nearest in length: little padding, and none starves."""
-        self.waiting = [one for one in self.waiting if not one.answer.done()]  # done: its client has left
-        length = len(self.waiting[0].tokens) if self.waiting else 0
-        batch = sorted(self.waiting, key=lambda one: abs(len(one.tokens) - length))[: self.size]
-        self.waiting = [one for one in self.waiting if one not in batch]
-        return batch
+        waiting = self.alive()
+        length = len(next(iter(waiting.values()), []))
+        near = sorted(waiting, key=lambda one: abs(len(waiting[one]) - length))[: self.size]
+        return {one: waiting.pop(one) for one in near}
 
     async def work(self) -> None:
         """Give the model batch after batch until nobody waits."""
         loop = asyncio.get_running_loop()
         while batch := self.take():
-            tokens, begin = [one.tokens for one in batch], loop.time()
+            tokens, begin = list(batch.values()), loop.time()
             results = await loop.run_in_executor(self.thread, self.run, tokens)
             for one, result in zip(batch, results, strict=True):
-                if not one.answer.done():
-                    one.answer.set_result(result)
+                if not one.done():
+                    one.set_result(result)
             self.sizes.observe(len(batch))
             self.tokens.inc(sum(map(len, tokens)))
             # Those just answered tend to ask again, and with them one batch does what takes two: wait, but not long.
-            full, now = min(len(batch) + len(self.waiting), self.size), loop.time()
-            while 1 < full > len(self.waiting) and loop.time() < now + min(0.1, (now - begin) / 8):
+            full, now = min(len(batch) + len(self.alive()), self.size), loop.time()
+            while 1 < full > len(self.alive()) and loop.time() < now + min(0.1, (now - begin) / 8):
                 await asyncio.sleep(0.002)
 
     def run(self, batch: list[list[int]]) -> list:
@@ -275,7 +275,7 @@ class Translator:
             raise HTTPException(408, f"No whole body within {self.settings.body_timeout_s:g} s.", CLOSE) from None
         texts = [question.text] if isinstance(question.text, str) else question.text
         plans, sentences = await asyncio.to_thread(self.model.plan, texts)  # a long text must not hold up the others
-        if sentences and sum(not one.answer.done() for one in self.batcher.waiting) >= self.settings.max_queue:
+        if sentences and len(self.batcher.alive()) >= self.settings.max_queue:
             raise HTTPException(503, "Too many sentences are waiting; try again soon.", {"Retry-After": "1"})
         try:
             # A timeout, or a client that leaves, cancels what still waits for the model.
