@@ -8,15 +8,18 @@ import pytest
 LONG = ("test_real_pairs.py", "ray", "test_places.py", "docker", "test_tracking.py")  # groups that take minutes
 
 
+def rank(item):
+    group = item.get_closest_marker("xdist_group").args[0]
+    return LONG.index(group) if group in LONG else len(LONG)
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Keep the tests of one file on one worker, so that what they share is made once; start with the longest."""
     for item in items:
         if not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.path.name))
-    groups = [item.get_closest_marker("xdist_group").args[0] for item in items]
-    order = sorted(range(len(items)), key=lambda i: LONG.index(groups[i]) if groups[i] in LONG else len(LONG))
-    items[:] = [items[i] for i in order]
+    items.sort(key=rank)
 
 
 def pytest_configure():

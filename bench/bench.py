@@ -54,28 +54,28 @@ def ray_docs(folder):
     return ["-m", "ray.serve.scripts", "run", str(folder / "ray_docs.yaml")], HERE
 
 
-SERVERS = {  # name: (virtual environment, what gives command and folder, further variables)
-    "template": (None, template("float32"), {}),
-    "template bfloat16": (None, template("bfloat16"), {}),
-    "ray-docs": (None, ray_docs, {}),
-    "fastapi": (None, lambda _: ([*RUN_APP, "fastapi_app:app"], HERE), {}),
-    "litserve": ("litserve", lambda _: (["litserve_app.py"], HERE), {}),
+SERVERS = {  # name: (virtual environment, what gives command and folder)
+    "template": (None, template("float32")),
+    "template bfloat16": (None, template("bfloat16")),
+    "ray-docs": (None, ray_docs),
+    "fastapi": (None, lambda _: ([*RUN_APP, "fastapi_app:app"], HERE)),
+    "litserve": ("litserve", lambda _: (["litserve_app.py"], HERE)),
     "bentoml": ("bentoml", lambda _: (["-m", "bentoml", "serve", "bentoml_app:Translator", "--host", "127.0.0.1",
-                                       "--port", str(PORT), "--api-workers", "1"], HERE), {}),
-    "ctranslate2": ("ctranslate2", lambda _: ([*RUN_APP, "ctranslate2_app:app"], HERE), {"BENCH_PRECISION": "int8"}),
+                                       "--port", str(PORT), "--api-workers", "1"], HERE)),
+    "ctranslate2": ("ctranslate2", lambda _: ([*RUN_APP, "ctranslate2_app:app"], HERE)),
 }
 
 
 class Server:
     """A server in a session of its own, ended with all that it started."""
     def __init__(self, name, folder):
-        venv, command, more = SERVERS[name]
+        venv, command = SERVERS[name]
         python = str(HERE / f".venv-{venv}/bin/python") if venv else sys.executable
         arguments, at = command(folder)
         environment = {**os.environ, "BENCH_MODEL": str(folder / "model"), "BENCH_THREADS": str(THREADS),
                        "BENCH_PORT": str(PORT), "OMP_NUM_THREADS": str(THREADS), "RAY_ADDRESS": "local",
                        "RAY_TMPDIR": str(folder), "HF_HUB_OFFLINE": "1", "BENTOML_HOME": str(folder / "bentoml"),
-                       "BENTOML_DO_NOT_TRACK": "1", **more}
+                       "BENTOML_DO_NOT_TRACK": "1"}
         self.name, self.log = name, (folder / "log").open("w+")
         self.process = subprocess.Popen([python, *arguments], cwd=at, env=environment, start_new_session=True,
                                         stdout=self.log, stderr=subprocess.STDOUT)
@@ -93,9 +93,7 @@ class Server:
 
     def __exit__(self, *_):
         started = [each for each in psutil.process_iter() if self.ours(each)]
-        for each in started:
-            if each.pid == self.process.pid:
-                each.send_signal(signal.SIGTERM)
+        self.process.terminate()
         for each in psutil.wait_procs(started, timeout=30)[1]:
             each.kill()
         self.process.wait(10)
@@ -137,6 +135,13 @@ class Line:
             return time.perf_counter() - begin, False
 
 
+def figures(asked, rate):
+    """The results of [(seconds, whether there was an answer), ...] at this rate."""
+    times = sorted(took for took, good in asked if good)
+    return {"requests_per_s": rate, "p50_ms": 1000 * statistics.median(times),
+            "p99_ms": 1000 * times[int(len(times) * 0.99)], "errors": len(asked) - len(times)}
+
+
 async def closed_loop(server, clients, mix, seconds):
     """What `clients` clients get that ask again as soon as they have an answer; the first answers are not counted."""
     many, found = itertools.cycle(texts(mix)), []
@@ -149,10 +154,8 @@ async def closed_loop(server, clients, mix, seconds):
 
     await asyncio.gather(*[client(Line(server)) for _ in range(clients)])
     counted = [(took, good) for took, good, at in found if warm <= at <= warm + seconds]
-    times = sorted(took for took, good in counted if good)
-    assert times, f"no answer within {seconds} s"
-    return {"requests_per_s": len(times) / seconds, "p50_ms": 1000 * statistics.median(times),
-            "p99_ms": 1000 * times[int(len(times) * 0.99)], "errors": len(counted) - len(times)}
+    assert any(good for _, good in counted), f"no answer within {seconds} s"
+    return figures(counted, sum(good for _, good in counted) / seconds)
 
 
 async def open_loop(server, rate, seconds):
@@ -169,9 +172,7 @@ async def open_loop(server, rate, seconds):
         tasks.append(asyncio.create_task(client()))
         await asyncio.sleep(chance.expovariate(rate))
     await asyncio.gather(*tasks)
-    good = sorted(took for took, fine in times if fine)
-    return {"requests_per_s": rate, "p50_ms": 1000 * statistics.median(good),
-            "p99_ms": 1000 * good[int(len(good) * 0.99)], "errors": len(times) - len(good)}
+    return figures(times, rate)
 
 
 def measure(name, folder, seconds, rates):

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 PREFIX, FOLDER = "translate English to French: ", os.environ["BENCH_MODEL"]
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 converted = ctranslate2.converters.TransformersConverter(FOLDER).convert(
-    f"{FOLDER}-ct2", quantization=os.environ["BENCH_PRECISION"], force=True)
+    f"{FOLDER}-ct2", quantization="int8", force=True)
 engine = ctranslate2.Translator(converted, "cpu", intra_threads=int(os.environ["BENCH_THREADS"]))
 waiting: list = []
 

@@ -8,10 +8,8 @@ import sys
 import time
 
 import torch
-from model import texts
+from model import PREFIX, texts
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-
-PREFIX = "translate English to French: "
 
 
 def main(folder, seconds, threads):

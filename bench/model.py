@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
+PREFIX = "translate English to French: "
 WORDS = "the a small big old new house garden river train letter teacher doctor sees buys paints opens in near with and"
 
 
@@ -24,7 +25,7 @@ def main(folder):
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = byte_level, decoders.ByteLevel()
-    bpe.train_from_iterator(["translate English to French: " + WORDS] * 2, trainers.BpeTrainer(
+    bpe.train_from_iterator([PREFIX + WORDS] * 2, trainers.BpeTrainer(
         vocab_size=1000, special_tokens=["<pad>", "</s>", "<unk>"], initial_alphabet=byte_level.alphabet(),
         show_progress=False))
     # The rest of the vocabulary are made-up words, so that every token that the model gives is a text.

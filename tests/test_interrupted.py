@@ -40,7 +40,7 @@ def killed(folder, *options):
 
 
 def epochs(output):
-    return [float(epoch) for epoch in re.findall(r"'loss'.*'epoch': '([\d.]+)'", output)]
+    return [float(epoch) for epoch in re.findall(r"'loss': .*'epoch': '([\d.]+)'", output)]
 
 
 def test_resume_goes_on_from_the_last_checkpoint(tmp_path, unbroken):

@@ -29,6 +29,7 @@ import psutil
 import pytest
 from moto.server import ThreadedMotoServer
 from remote import argo, jobs, pods
+from test_interrupted import epochs
 
 logging.getLogger("werkzeug").setLevel("ERROR")
 HERE, TEMPLATES = Path(__file__).parent, Path(__file__).parents[1] / "templates"
@@ -301,10 +302,6 @@ def test_unedited_flow_on_outerbounds_gets_its_packages_from_pypi(cloud, tmp_pat
     templates = {each["name"]: each for each in manifest["spec"]["templates"]}
     assert all(templates[step]["container"]["image"] == IMAGE for step in ("train", "evaluate"))
     assert "* *" not in json.dumps(manifest)  # no schedule unless asked for
-
-
-def epochs(log):
-    return [float(epoch) for epoch in re.findall(r"'loss': .*'epoch': '([\d.]+)'", log)]
 
 
 @docker_test
