@@ -40,7 +40,7 @@ class Settings(BaseModel):
     model: str = Field("", description="Folder or hub name; empty: `model/` beside this file, or HUB_MODEL")
     revision: str | None = Field(None, description="Commit of a hub model; pin it, for its files can change")
     prefix: str = Field(PREFIX, description="Put before every sentence; most models but T5 need none")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="The safe one, or a faster one")
+    precision: Literal["float32", "bfloat16", "int8"] = Field("float32", description="The safe one, or a faster one")
     max_batch_size: int = Field(32, ge=1, le=1024, description="Sentences in one call of the model")
     max_sentence_tokens: int = Field(128, ge=16, le=4096, description="A longer sentence is cut at a space")
     max_new_tokens: int = Field(256, ge=1, le=4096, description="Longest translation of one sentence")
@@ -80,7 +80,10 @@ class Model:
             name, revision = (str(beside), None) if beside.is_dir() else (HUB_MODEL, HUB_REVISION)
         try:
             self.settings, self.tokenizer = settings, AutoTokenizer.from_pretrained(name, revision=revision)
-            self.model = AutoModelForSeq2SeqLM.from_pretrained(name, revision=revision, dtype=settings.precision).eval()
+            dtype = settings.precision.replace("int8", "float32")
+            self.model = AutoModelForSeq2SeqLM.from_pretrained(name, revision=revision, dtype=dtype).eval()
+            if settings.precision == "int8":  # weights now, what flows between the layers at each call
+                self.model = torch.ao.quantization.quantize_dynamic(self.model, {torch.nn.Linear}, torch.qint8)
         except Exception as err:  # many kinds: no folder, no hub, a broken file, a package that this tokenizer needs
             reason = (str(err).splitlines() or [repr(err)])[0]
             raise RuntimeError(
@@ -128,12 +131,9 @@ class Model:
 
 class Batcher:
     """Runs the model on one thread, each time on the sentences that came in while it was busy."""
-    def __init__(self, model: Model, threads: int) -> None:
-        # One thread, since torch keeps a team of OpenMP threads for each thread that calls it.
-        self.thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))
-        self.model, self.size = model, model.settings.max_batch_size
-        # The tokens of each sentence, by the future of (its translation, whether max_new_tokens cut that off).
-        self.waiting: dict[asyncio.Future, list[int]] = {}
+    def __init__(self, model: Model, thread: ThreadPoolExecutor) -> None:
+        self.model, self.size, self.thread = model, model.settings.max_batch_size, thread
+        self.waiting: dict[asyncio.Future, list[int]] = {}  # the tokens of each sentence, by its result to come
         self.worker: asyncio.Task | None = None
         self.sizes = metrics.Histogram("translator_batch_size", boundaries=[1, 2, 4, 8, 16, 32, 64, 128])
         self.tokens = metrics.Counter("translator_input_tokens")
@@ -141,7 +141,8 @@ class Batcher:
 
     def put(self, tokens: list[int]) -> asyncio.Future:
         """Queue a sentence; cancel what comes back, and the model never sees it."""
-        answer = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        answer, self.newest = loop.create_future(), loop.time()
         self.waiting[answer] = tokens
         if not self.worker or self.worker.done():
             self.worker = asyncio.create_task(self.work())
@@ -170,9 +171,10 @@ class Batcher:
                     one.set_result(result)
             self.sizes.observe(len(batch))
             self.tokens.inc(sum(map(len, tokens)))
-            # Those just answered tend to ask again, and with them one batch does what takes two: wait, but not long.
+            # Those just answered tend to ask again, and with them one batch does what takes two: wait while they come.
             full, now = min(len(batch) + len(self.alive()), self.size), loop.time()
-            while 1 < full > len(self.alive()) and loop.time() < now + min(0.1, (now - begin) / 8):
+            limit = now + (now - begin) / 2
+            while 1 < full > len(self.alive()) and loop.time() < min(max(now + 0.1, self.newest + 0.05), limit):
                 await asyncio.sleep(0.002)
 
     def run(self, batch: list[list[int]]) -> list:
@@ -197,16 +199,13 @@ class Answer(BaseModel):
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Translator</title>
 <style>body {font: 16px sans-serif; max-width: 40em; margin: 2em auto} textarea {width: 100%}</style>
-<h1>Translator</h1>
-<form><textarea rows="5" aria-label="Text">Hello world!</textarea><p><button>Translate</button></form>
-<pre aria-live="polite" style="white-space: pre-wrap"></pre><script>
+<h1>Translator</h1><form><textarea rows="5" aria-label="Text">Hello world!</textarea><p><button>Translate</button>
+</form><pre aria-live="polite" style="white-space: pre-wrap"></pre><script>
 document.forms[0].onsubmit = async event => {
   event.preventDefault()
-  const body = JSON.stringify({text: document.querySelector("textarea").value})
-  const reply = await fetch("", {method: "POST", headers: {"Content-Type": "application/json"}, body})
-  const answer = await reply.json()
-  document.querySelector("pre").textContent = reply.ok ? answer.translation : answer.error.message
-}</script></html>"""
+  const headers = {"Content-Type": "application/json"}, text = document.querySelector("textarea").value
+  const reply = await fetch("", {method: "POST", headers, body: JSON.stringify({text})}), answer = await reply.json()
+  document.querySelector("pre").textContent = reply.ok ? answer.translation : answer.error.message }</script></html>"""
 
 
 class BothForms:
@@ -232,8 +231,7 @@ async def refuse(_: Request, err: AnyHTTPException) -> JSONResponse:
 
 async def read(request: Request, limit: int) -> Question:
     """The question in a request; HTTPException 413, 415 or 422 if there is none."""
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind != "application/json":
+    if not re.match(r"\s*application/json\s*(;|$)", request.headers.get("content-type", "application/json"), re.I):
         raise HTTPException(415, "Send JSON with the header Content-Type: application/json.")
     body = bytearray()
     async for part in request.stream():
@@ -254,8 +252,10 @@ class Translator:
     """Answers over HTTP; one replica holds one model."""
     def __init__(self, settings: Settings) -> None:
         threads = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)) or 1
-        self.settings, self.model = settings, Model(settings)
-        self.batcher = Batcher(self.model, threads)
+        # All on one thread: each thread that calls torch gets a team of OpenMP threads, and two teams slow each other.
+        thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))
+        self.settings, self.model = settings, thread.submit(Model, settings).result()
+        self.batcher = Batcher(self.model, thread)
 
     @api.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page(self) -> str:

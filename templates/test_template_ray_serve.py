@@ -119,6 +119,7 @@ def free_port():
 
 class Server:
     """`serve ARGUMENTS` in a folder; everything that it starts, and its temporary files, end with it."""
+    start = START
 
     def __init__(self, folder, *arguments, cpus=1, dashboard=False, **environment):
         self.port, self.dashboard, self.log = free_port(), free_port() if dashboard else None, folder / "serve.log"
@@ -127,11 +128,12 @@ class Server:
                        "dashboard_port": self.dashboard}
         kept = {name: value for name, value in os.environ.items() if not re.match("RAY_|SERVE_|HF_|OMP_", name)}
         self.environment = {**kept, "HOME": self.scratch, "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0",
+                            "OMP_WAIT_POLICY": "passive",  # this server shares the CPUs with other tests
                             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 32, **environment}
         http_options = {"host": "127.0.0.1", "port": self.port}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", START, json.dumps(ray_options), json.dumps(http_options), *arguments],
+                [sys.executable, "-c", self.start, json.dumps(ray_options), json.dumps(http_options), *arguments],
                 cwd=folder, stdout=log, stderr=log, start_new_session=True, env=self.environment)
 
     def __enter__(self):
@@ -151,8 +153,8 @@ class Server:
         shutil.rmtree(self.scratch, ignore_errors=True)
         assert not late, f"did not end by itself: {late.values()}"
 
-    def processes(self):
-        """{process: its command line} of all that it started, the replicas too."""
+    def processes(self, part=""):
+        """{process: its command line} of all that it started, with this part in that line."""
         found = {}
         for process in psutil.process_iter():
             try:
@@ -160,7 +162,7 @@ class Server:
                     found[process] = " ".join(process.cmdline())
             except (ProcessLookupError, psutil.NoSuchProcess):
                 pass
-        return found
+        return {process: line for process, line in found.items() if part in line}
 
     def wait(self, seconds=90):
         """Wait until the app answers; fail with the log when it does not."""
@@ -210,6 +212,12 @@ def ask(server):
 def test_every_known_pair_is_translated(model):
     answers = model([model.encode(text) for text in PAIRS])
     assert [text for text, cut in answers if not cut] == list(PAIRS.values())
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_a_faster_precision_knows_the_pairs_too(project, precision):
+    faster = app.Model(app.Settings(model=str(project / "model"), precision=precision, max_new_tokens=40))
+    assert [text for text, _ in faster([faster.encode(text) for text in PAIRS])] == list(PAIRS.values())
 
 
 def test_a_batch_answers_like_single_sentences_for_any_number_of_threads(model):
@@ -316,7 +324,7 @@ class Spy:
 def through(spy, sentences, cancel=()):
     """What the batcher makes of sentences that come while the model is busy with [0]."""
     async def scene():
-        batcher = app.Batcher(spy, 1)
+        batcher = app.Batcher(spy, ThreadPoolExecutor(1))
         first = batcher.put([0])
         await asyncio.sleep(0.01)
         jobs = [batcher.put(tokens) for tokens in sentences]

@@ -174,6 +174,9 @@ def test_deploying_waits_and_a_bad_update_leaves_the_old_version_serving(folder,
                                   env=server.environment, capture_output=True, text=True, timeout=100)
         assert "DEPLOY_FAILED" in from_ray.stdout and "max_bach_size: Extra inputs" in from_ray.stdout, from_ray
         assert serves()
+        # And it takes the next good one.
+        done = deploy(f"{APP}.args.max_batch_size", 8)
+        assert done.returncode == 0 and serves(), done.stderr
         # Without the token, and without a server.
         done = run(folder, "new.yaml", "--deploy", f"http://127.0.0.1:{server.dashboard}", RAY_AUTH_MODE="disabled")
         assert done.returncode == 1 and "token" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr

@@ -95,7 +95,7 @@ quick = settings(deadline=None, database=None, derandomize=True,
 def test_any_body(server):
     line, seen = Line(server.port), {}
 
-    @settings(quick, max_examples=2000)
+    @settings(quick, max_examples=2500)
     @given(bodies)
     @example(b'{"text":"\\ud83d"}')
     @example(b'{"text":NaN}')
@@ -113,7 +113,7 @@ def test_any_body(server):
 
     fuzz()
     print("answers by status:", seen)
-    assert sum(seen.values()) >= 1900 and seen[200] > 100 and seen[422] > 100
+    assert sum(seen.values()) >= 2000 and seen[200] > 100 and seen[422] > 100
     serves(server)
 
 
@@ -185,11 +185,9 @@ def test_a_request_id_that_is_no_text_stops_nothing(server):
 def sizes(server):
     """Memory of proxy and replica in MB, without the pages of Ray's object store, which both only look at."""
     found = {}
-    for process, command in server.processes().items():
-        for name in ("ServeReplica", "ProxyActor"):
-            if name in command:
-                found[name] = (process.memory_info().rss - process.memory_info().shared) / 1e6
-    assert len(found) == 2, found
+    for name in ("ServeReplica", "ProxyActor"):
+        (process,) = server.processes(name)
+        found[name] = (process.memory_info().rss - process.memory_info().shared) / 1e6
     return found
 
 
@@ -225,7 +223,7 @@ def test_bodies_of_50_mb(server):
     time.sleep(1)
     after = sizes(server)
     print("MB before and after:", before, after)
-    assert all(after[name] - before[name] < 150 for name in before)  # 15 more such bodies add nothing
+    assert all(after[name] - before[name] < 100 for name in before)
 
 
 def test_slow_clients_get_408_and_hold_up_nobody(server):
@@ -244,7 +242,7 @@ def test_slow_clients_get_408_and_hold_up_nobody(server):
 
 
 def test_vanishing_clients_leave_nothing_behind(server):
-    replicas = [each.pid for each, command in server.processes().items() if "ServeReplica" in command]
+    replicas = [each.pid for each in server.processes("ServeReplica")]
     body = json.dumps({"text": ["tell me more " * 5] * 3}).encode()
     head = b"POST /translate HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body)
     for i in range(300):
@@ -253,5 +251,5 @@ def test_vanishing_clients_leave_nothing_behind(server):
     begin = time.monotonic()
     serves(server)
     assert time.monotonic() - begin < 5
-    assert replicas == [each.pid for each, command in server.processes().items() if "ServeReplica" in command]
+    assert replicas == [each.pid for each in server.processes("ServeReplica")]
     assert sum(len(psutil.Process(pid).net_connections()) for pid in replicas) < 100

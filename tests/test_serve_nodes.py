@@ -1,0 +1,109 @@
+"""The app on a Ray cluster of three nodes: replicas spread, and what happens when a node is lost under load."""
+
+import re
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+TEMPLATES = Path(__file__).parents[1] / "templates"
+sys.path.insert(0, str(TEMPLATES))
+
+from test_template_ray_serve import PAIRS, START, Server, make_model  # noqa: E402
+
+pytestmark = pytest.mark.xdist_group("ray")
+
+
+class Cluster(Server):
+    """`serve ARGUMENTS` on three nodes of one CPU, each with a raylet of its own."""
+    start = re.sub("ray.init.*\n", """
+from ray.cluster_utils import Cluster
+head = {"num_cpus": 1, "temp_dir": ray_options["_temp_dir"], "include_dashboard": False}
+cluster = Cluster(True, head_node_args=head)
+for _ in range(2):
+    cluster.add_node(num_cpus=1)
+ray.init(address=cluster.address, namespace="serve")
+""", START).replace("serve.start(", "serve.start('HeadOnly', ")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Three replicas, each on a node of its own, behind one proxy: all nodes share the ports of one machine here."""
+    folder = tmp_path_factory.mktemp("nodes")
+    shutil.copy(TEMPLATES / "template_ray_serve.py", folder)
+    make_model(folder / "model", PAIRS)
+    config = yaml.safe_load((TEMPLATES / "serve_config.yaml").read_text())
+    deployment = config["applications"][0]["deployments"][0]
+    del deployment["autoscaling_config"]
+    deployment.update({"num_replicas": 3, "max_replicas_per_node": 1})
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    with Cluster(folder, "run", "config.yaml") as running:
+        yield running.wait()
+
+
+def node(process):
+    """The raylet that a process belongs to."""
+    return next(each for each in process.parents() if each.name() == "raylet")
+
+
+def replicas(server):
+    return {process: node(process) for process in server.processes("ServeReplica")}
+
+
+def test_replicas_are_spread_and_all_take_part(server):
+    end = time.monotonic() + 60
+    while len(replicas(server)) < 3 and time.monotonic() < end:
+        time.sleep(0.5)
+    found = replicas(server)
+    assert len(found) == len(set(found.values())) == 3
+    idle = {process: sum(process.cpu_times()[:2]) for process in found}
+    while idle and time.monotonic() < end:
+        with_load(server, seconds=2)
+        idle = {process: used for process, used in idle.items() if sum(process.cpu_times()[:2]) < used + 0.05}
+    assert not idle
+
+
+def with_load(server, seconds, meanwhile=lambda: None):
+    """[(when, status, right)] of 4 clients that ask all the time, and do something meanwhile."""
+    answers, stop = [], threading.Event()
+
+    def client(texts):
+        while not stop.is_set():
+            for text in texts:
+                status, answer = server.ask(body={"text": text}, timeout=20)
+                answers.append((time.monotonic(), status, answer == {"translation": PAIRS[text]}))
+
+    clients = [threading.Thread(target=client, args=[list(PAIRS)]) for _ in range(4)]
+    for each in clients:
+        each.start()
+    try:
+        time.sleep(1)
+        meanwhile()
+        time.sleep(seconds)
+    finally:
+        stop.set()
+        for each in clients:
+            each.join(60)
+    assert not [answer for answer in answers if answer[1] == 200 and not answer[2]]
+    return answers
+
+
+def test_a_lost_node_costs_no_more_than_what_it_was_working_on(server):
+    head = {node(process) for process in server.processes("ProxyActor")}
+    lost = next(raylet for raylet in replicas(server).values() if raylet not in head)
+    at = []
+
+    def kill():
+        at.append(time.monotonic())
+        for process in [lost, *lost.children(recursive=True)]:  # a machine takes all that runs on it along
+            process.kill()
+
+    answers = with_load(server, 12, kill)
+    failed = [(round(when - at[0], 2), status) for when, status, right in answers if not right]
+    print(f"{len(answers)} requests, failed after (seconds, status): {failed}")
+    assert len(failed) <= 4 and all(status in (500, 503) for _, status in failed)  # 4 clients: 4 in flight
+    assert all(right for when, _, right in answers if when > at[0] + 5) and len(replicas(server)) == 2
