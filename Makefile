@@ -82,6 +82,7 @@ test: setup ## run every test
 
 bench: setup $(PEERS) ## measure the server against its peers, an hour; make bench BENCH="--rounds 1 --seconds 5"
 	@$(BIN)/python bench/bench.py $(BENCH)
+	$(BIN)/python bench/scale.py
 
 faults: ## break things under load and count what is lost
 	@echo "make faults: not yet"; exit 2

@@ -1,9 +1,9 @@
 """Measure template_ray_serve.py and its peers with one model, in one go and in turns: `make bench`.
 
-    python bench.py [--rounds N] [--seconds S] [--servers template,ray-docs,...]
+    python bench.py [--rounds N] [--seconds S] [--servers template,ray-docs,...] [--clients 1,8,32,128]
 
-Each round starts every server once, alone, and asks it from 1, 8, 32 and 128 clients that wait for their answer. Prints
-a table, writes results.json and results.svg. Only ratios within one run tell something: machines drift.
+Each round starts every server once, alone, and asks it from so many clients that wait for their answer. Prints a table,
+writes results.json and results.svg. Only ratios within one run tell something: machines drift.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import yaml
 from model import texts
 
 HERE = Path(__file__).parent
-CLIENTS, PORT, THREADS = (1, 8, 32, 128), 8123, os.cpu_count() or 1
+PORT, THREADS = 8123, os.cpu_count() or 1
 RUN_APP = ["-m", "uvicorn", "--host", "127.0.0.1", "--port", str(PORT), "--log-level", "warning"]
 
 
@@ -57,6 +57,7 @@ def ray_docs(folder):
 SERVERS = {  # name: (virtual environment, what gives command and folder)
     "template": (None, template("float32")),
     "template bfloat16": (None, template("bfloat16")),
+    "template int8": (None, template("int8")),
     "ray-docs": (None, ray_docs),
     "fastapi": (None, lambda _: ([*RUN_APP, "fastapi_app:app"], HERE)),
     "litserve": ("litserve", lambda _: (["litserve_app.py"], HERE)),
@@ -155,7 +156,10 @@ async def closed_loop(server, clients, mix, seconds):
     await asyncio.gather(*[client(Line(server)) for _ in range(clients)])
     counted = [(took, good) for took, good, at in found if warm <= at <= warm + seconds]
     assert any(good for _, good in counted), f"no answer within {seconds} s"
-    return figures(counted, sum(good for _, good in counted) / seconds)
+    # Answers come a whole batch at a time: count from the end of one batch to the end of another.
+    times = sorted(at for _, good, at in found if good and warm <= at <= warm + seconds)
+    later = [at for at in times if at > times[0] + 0.1]
+    return figures(counted, len(later) / (later[-1] - times[0]) if later else len(times) / seconds)
 
 
 async def open_loop(server, rate, seconds):
@@ -175,7 +179,7 @@ async def open_loop(server, rate, seconds):
     return figures(times, rate)
 
 
-def measure(name, folder, seconds, rates):
+def measure(name, folder, clients, seconds, rates):
     """Yield the results of one server, started for this."""
     if name == "limit":
         done = subprocess.run([sys.executable, HERE / "limit.py", folder / "model", str(seconds), str(THREADS)],
@@ -183,10 +187,10 @@ def measure(name, folder, seconds, rates):
         yield from map(json.loads, done.stdout.splitlines())
         return
     with Server(name, folder):
-        for mix, clients in itertools.product(("equal", "mixed"), CLIENTS):
-            result = asyncio.run(closed_loop(name, clients, mix, seconds))
-            yield {"server": name, "clients": clients, "mix": mix, **result}
-            if name.startswith("template") and (mix, clients) == ("equal", 32):
+        for mix, number in itertools.product(("equal", "mixed"), clients):
+            result = asyncio.run(closed_loop(name, number, mix, seconds))
+            yield {"server": name, "clients": number, "mix": mix, **result}
+            if name.startswith("template") and (mix, number) == ("equal", 32):
                 rates.setdefault(name, 0.8 * result["requests_per_s"])  # of the first round
         if name in rates:
             result = asyncio.run(open_loop(name, rates[name], 3 * seconds))
@@ -213,7 +217,8 @@ def ratios(table):
     def rate(server, clients=32, mix="equal"):
         return at[server, clients, mix]["requests_per_s"]
 
-    for name, limit in (("template", "limit float32"), ("template bfloat16", "limit bfloat16")):
+    for name in ("template", "template bfloat16", "template int8"):
+        limit = f"limit {name.partition(' ')[2] or 'float32'}"
         if (name, 32, "equal") in at and (limit, 32, "equal") in at:
             yield f"{name} at 32 clients, of {limit}", rate(name) / rate(limit)
             yield f"{name} at 1 client, ms added to the call", at[name, 1, "equal"]["p50_ms"] - at[
@@ -235,7 +240,8 @@ def plot(table):
         style = {"linestyle": "--", "color": "grey"} if name.startswith("limit") else {"marker": "o"}
         axes.plot([each["clients"] for each in line], [each["requests_per_s"] for each in line], label=name, **style)
     axes.set(xscale="log", yscale="log", xlabel="clients (of the limit: texts in a batch)", ylabel="requests/s",
-             xticks=CLIENTS, xticklabels=CLIENTS, title=f"One model of 60 million parameters, {THREADS} CPUs")
+             xticks=(1, 8, 32, 128), xticklabels=(1, 8, 32, 128),
+             title=f"One model of 60 million parameters, {THREADS} CPUs")
     axes.legend(fontsize="small")
     figure.savefig(HERE / "results.svg")
 
@@ -245,14 +251,16 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=10, help="of each measurement")
     parser.add_argument("--servers", default=",".join(["limit", *SERVERS]), help="default: all")
+    parser.add_argument("--clients", default="1,8,32,128")
     arguments = parser.parse_args()
     names, results, rates = arguments.servers.split(","), [], {}
+    clients = [int(number) for number in arguments.clients.split(",")]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench.py: told to end"))  # so that the server ends too
     folder = Path(tempfile.mkdtemp(prefix="bench.", dir="/tmp"))  # short: Ray puts sockets there
     try:
         subprocess.run([sys.executable, HERE / "model.py", folder / "model"], check=True)
         for number, name in itertools.product(range(arguments.rounds), names):
-            for result in measure(name, folder, arguments.seconds, rates):
+            for result in measure(name, folder, clients, arguments.seconds, rates):
                 print(f"round {number + 1}:", json.dumps(result), flush=True)
                 results.append(result)
     finally:

@@ -15,8 +15,10 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 def main(folder, seconds, threads):
     torch.set_num_threads(int(threads))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    for dtype in ("float32", "bfloat16"):
-        model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=dtype).eval()
+    for precision in ("float32", "bfloat16", "int8"):
+        model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=precision.replace("int8", "float32")).eval()
+        if precision == "int8":
+            model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
         for size in (1, 8, 32):
             for mix in ("equal", "mixed"):
                 many, times, end = texts(mix), [], time.perf_counter() + float(seconds)
@@ -30,7 +32,7 @@ def main(folder, seconds, threads):
                     times.append(time.perf_counter() - begin)
                 times = sorted(times[1:])
                 print(json.dumps({
-                    "server": f"limit {dtype}", "clients": size, "mix": mix,
+                    "server": f"limit {precision}", "clients": size, "mix": mix,
                     "requests_per_s": size * len(times) / sum(times), "p50_ms": 1000 * times[len(times) // 2],
                     "p99_ms": 1000 * times[int(len(times) * 0.99)], "errors": 0}), flush=True)
 

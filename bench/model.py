@@ -1,6 +1,6 @@
 """Make a T5 of t5-small's shape (60 million parameters, random weights) whose every answer has 20 tokens.
 
-    python model.py FOLDER
+    python model.py FOLDER        with `small`, one of 0.2 million parameters, so that all but the model shows
 """
 
 import itertools
@@ -21,7 +21,7 @@ def texts(mix):
     return [" ".join(itertools.islice(words, length)) for length in lengths]
 
 
-def main(folder):
+def main(folder, size=""):
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = byte_level, decoders.ByteLevel()
@@ -34,7 +34,9 @@ def main(folder):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>",
                                         unk_token="<unk>", model_input_names=["input_ids", "attention_mask"])
     torch.manual_seed(0)
-    model = T5ForConditionalGeneration(T5Config(decoder_start_token_id=0))  # the defaults are t5-small's
+    model = T5ForConditionalGeneration(T5Config(  # the defaults are t5-small's
+        decoder_start_token_id=0, **{"d_model": 64, "d_kv": 16, "d_ff": 256, "num_layers": 2, "num_heads": 4}
+        if size else {}))
     model.generation_config = GenerationConfig(min_new_tokens=20, max_new_tokens=20, decoder_start_token_id=0,
                                                pad_token_id=0, eos_token_id=1, suppress_tokens=[0, 2])
     model.save_pretrained(folder)
@@ -42,4 +44,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
