@@ -2,12 +2,14 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
+from remote import pods
 from test_interrupted import epochs
 from test_readme import NOT_RUN, ROOT, clean, commands, copy, not_run, run, run_all
 from test_remote import HERE, KEYS, REFUSED
@@ -21,10 +23,14 @@ def blocks(name, language):
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.xdist_group("ray")  # one server on port 8000 at a time
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.name, marks=pytest.mark.xdist_group(
+    "docker" if page.name == "ship.md" else "ray")) for page in PAGES])
 def test_commands_print_what_the_page_says(page, tmp_path):
     found = commands(page)
+    for name, script in re.findall(r"Save as `(\S+)`:\n\n```python\n(.*?)\n```", page.read_text("utf-8"), re.DOTALL):
+        (tmp_path / name).write_text(script)
+    if page.name == "ship.md" and (not shutil.which("docker") or pods.docker("version").returncode):
+        pytest.skip("no docker daemon answers")
     assert found and run_all(found, copy(tmp_path)) >= 1
 
 

@@ -3,11 +3,11 @@
 import functools
 import http.server
 import re
-import threading
 import urllib.request
 
 import browser
 import pytest
+from loopback import Files, served
 from test_template_flow import run
 from test_template_ray_serve import project, server  # noqa: F401  (fixtures)
 
@@ -38,11 +38,9 @@ class Pressed(http.server.BaseHTTPRequestHandler):
 
 @pytest.mark.parametrize("path", ["/translate", "/translate/"])
 def test_page_translates(server, path, tmp_path):  # noqa: F811
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pressed) as between:
+    with served(Pressed) as between:
         between.app = server.port
-        threading.Thread(target=between.serve_forever, daemon=True).start()
-        html = browser.look(f"http://127.0.0.1:{between.server_port}{path}", tmp_path / "page.png")
-        between.shutdown()
+        html = browser.look(f"{between.url}{path}", tmp_path / "page.png")
     assert re.search(r"<pre[^>]*>Bonjour le monde !</pre>", html), html
     assert not re.search(r"(src|href)=", html)  # all in one file: it needs no other host
     assert (tmp_path / "page.png").stat().st_size > 5000
@@ -52,20 +50,12 @@ def test_cards_are_drawn(tmp_path):
     code, output = run(tmp_path, "--epochs", "4")
     assert code == 0, output
     cards = tmp_path / ".metaflow/mf.cards/TemplateFlow/runs"
-    serve = functools.partial(Quiet, directory=cards)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as here:
-        threading.Thread(target=here.serve_forever, daemon=True).start()
+    with served(functools.partial(Files, directory=cards)) as here:
         shown = {}
         for step in ("train", "evaluate"):
             # `train` has a second card, of its checkpoints.
-            pages = [browser.look(f"http://127.0.0.1:{here.server_port}/{path.relative_to(cards)}")
+            pages = [browser.look(f"{here.url}/{path.relative_to(cards)}")
                      for path in cards.glob(f"*/steps/{step}/tasks/*/cards/*.html")]
             shown[step] = "".join(pages)
-        here.shutdown()
     assert "W&amp;B: offline" in shown["train"] and re.search(r"<svg[^>]*(marks|vega)|<canvas", shown["train"])
     assert "chrf_of_copying" in shown["evaluate"] and "Bonjour" in shown["evaluate"]
-
-
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from loopback import alone, build_options
 
 ROOT = Path(__file__).parents[1]
 NOT_RUN = {  # pattern: why
@@ -79,7 +80,8 @@ def test_make_demo_twice(tmp_path):
     curl, answer = next(each for each in commands() if each[0].startswith("curl"))
     for _ in range(2):
         begin = time.monotonic()
-        output = run(command, ROOT, clean(tmp_path))
+        with alone(8000):
+            output = run(command, ROOT, clean(tmp_path))
         assert shows(output, expected) and shows(output, [f"$ {curl}", *answer]), output
         assert time.monotonic() - begin < 300
         assert list(Path("/tmp").glob("demo.*")) == []  # it cleans up
@@ -94,23 +96,26 @@ def copy(folder):
 
 def run_all(pairs, folder):
     """Run commands in a folder, one after the other, and compare what they print; return how many were run."""
-    environment, server, done = {**clean(folder), "RAY_TMPDIR": "/tmp"}, None, 0
-    try:
+    environment, done = {**clean(folder), "RAY_TMPDIR": "/tmp"}, 0
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(alone(8000))
         for command, expected in pairs:
             if not_run(command):
                 continue
             done += 1
-            if command.startswith("serve run"):
+            if command.startswith("docker build "):
+                options, (tag,) = " ".join(stack.enter_context(build_options())), re.findall(r"-t (\S+)", command)
+                command = command.replace("docker build ", f"docker build {options} ")
+                stack.callback(subprocess.run, ["docker", "image", "rm", tag], stdout=subprocess.DEVNULL)
+            if command.startswith(("serve run", "docker run --mount")):
                 server = subprocess.Popen(["bash", "-c", f"exec {command} > serve.log 2>&1"], cwd=folder,
                                           env=environment, start_new_session=True)
+                stack.callback(server.wait, 60)
+                stack.callback(server.send_signal, signal.SIGTERM)
                 wait_for("http://127.0.0.1:8000/translate/health", server, folder / "serve.log")
                 continue
             output = run(command, folder, environment).replace("\r\n", "\n")
             assert shows(output, expected), (command, expected, output)
-    finally:
-        if server:
-            server.send_signal(signal.SIGTERM)
-            server.wait(60)
     return done
 
 
@@ -121,6 +126,6 @@ def test_commands_for_a_copy(tmp_path):
 
 def test_files_that_the_readme_names_are_there():
     tree = (ROOT / "README.md").read_text("utf-8").split("## What is here")[1].split("```")[1]
-    described = set(re.findall(r"[\w-]*\.[\w.-]+\w|Dockerfile", tree.split("templates/ ")[1].split("\ndocs/ ")[0]))
+    described = set(re.findall(r"[\w-]*\.[\w.-]+\w|Dockerfile[\w-]*", tree.split("templates/ ")[1].split("\ndocs/ ")[0]))
     kept = {path for path in (ROOT / "templates").iterdir() if path.is_file() and path.name != ".env"}
     assert {path.name for path in kept} == described

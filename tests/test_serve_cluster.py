@@ -1,0 +1,190 @@
+"""A Ray cluster of containers from templates/Dockerfile-rayserve, started as KubeRay does: loss, roll-out, roll-back.
+
+There is no Kubernetes here: what its Service does, the clients do, who ask the workers that are in `self.workers`.
+"""
+
+import http.client
+import json
+import shutil
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+import yaml
+from remote import pods
+from test_serve_image import LABEL, build, image, project  # noqa: F401
+
+TEMPLATES = Path(__file__).parents[1] / "templates"
+sys.path.insert(0, str(TEMPLATES))
+
+from test_template_ray_serve import PAIRS, free_port, make_model  # noqa: E402
+
+pytestmark = pytest.mark.xdist_group("docker")
+NEW_IMAGE = "template_rayserve_image:next"
+NEW_PAIRS = {**PAIRS, "Hello world!": "Salut le monde !"}
+TOKEN = ["--env=RAY_AUTH_MODE=token", f"--env=RAY_AUTH_TOKEN={'a' * 32}"]
+
+
+class Cluster:
+    """A head without replicas and workers with one CPU each, on a network of their own."""
+    def __init__(self, tag, config, workers):
+        self.name = f"template-serve-{uuid.uuid4().hex[:8]}"
+        assert pods.docker("network", "create", f"--label={LABEL}", self.name).returncode == 0
+        self.ids, self.workers, self.tag = [], {}, tag
+        # KubeRay's own commands, but for the addresses; the config as serveConfigV2 holds it.
+        self.head = self.start("head", [f"--volume={config}:/serve_app/new.yaml:ro"],
+                               "start", "--head", "--num-cpus=0", "--block")
+        for number in range(workers):
+            port = free_port()
+            self.workers[port] = self.start(f"worker{number}", [f"--publish=127.0.0.1:{port}:8000"],
+                                            "start", "--address=head:6379", "--num-cpus=1", "--block")
+
+    def start(self, name, options, *command):
+        done = pods.docker("run", "--detach", f"--label={LABEL}", f"--network={self.name}", f"--network-alias={name}",
+                           "--env=OMP_NUM_THREADS=1", "--shm-size=128m", "--read-only", "--tmpfs=/tmp",
+                           "--cap-drop=ALL", *TOKEN, *options, "--entrypoint=ray", self.tag, *command)
+        assert done.returncode == 0, done.stdout
+        self.ids.append(done.stdout.split()[-1])
+        return self.ids[-1]
+
+    def deploy(self):
+        """The documented deploy command, in the head."""
+        done = pods.docker("exec", self.head, "python", "check_serve_config.py", "new.yaml", "--deploy",
+                           "http://127.0.0.1:8265", seconds=200)
+        assert done.returncode == 0, done.stdout
+        return self
+
+    def end(self):
+        if self.ids:
+            pods.docker("stop", "--time=30", *self.ids, seconds=100)
+            pods.docker("rm", "--force", "--volumes", *self.ids)
+            pods.docker("network", "rm", self.name)
+        self.ids = []
+
+
+class Clients:
+    """Four clients that ask all the time, each time the next of the workers in `service`."""
+    def __init__(self, service):
+        self.service, self.answers, self.over = service, [], threading.Event()
+        self.threads = [threading.Thread(target=self.ask) for _ in range(4)]
+
+    def __enter__(self):
+        for each in self.threads:
+            each.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        for each in self.threads:
+            each.join(60)
+
+    def ask(self):
+        number = 0
+        while not self.over.is_set():
+            text, port = list(PAIRS)[number % len(PAIRS)], self.service[number % len(self.service)]
+            number += 1
+            line = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+            try:
+                line.request("POST", "/translate", json.dumps({"text": text}), {"Content-Type": "application/json"})
+                reply = line.getresponse()
+                found = reply.status, json.loads(reply.read()).get("translation")
+            except (OSError, http.client.HTTPException, ValueError) as err:
+                found = 0, repr(err)
+                time.sleep(0.2)
+            finally:
+                line.close()
+            self.answers.append((time.monotonic(), port, text, *found))
+
+
+@pytest.fixture
+def config(tmp_path):
+    content = yaml.safe_load((TEMPLATES / "serve_config.yaml").read_text())
+    content["applications"][0]["deployments"][0]["autoscaling_config"].update({"min_replicas": 2, "max_replicas": 2})
+    (tmp_path / "new.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path / "new.yaml"
+
+
+@pytest.fixture
+def new_image(image, project, tmp_path):  # noqa: F811
+    """The next version: the same code with another model."""
+    folder = shutil.copytree(project, tmp_path / "next")
+    shutil.rmtree(folder / "model")
+    make_model(folder / "model", NEW_PAIRS)
+    build(folder, NEW_IMAGE)
+    yield NEW_IMAGE
+    pods.docker("image", "rm", NEW_IMAGE)
+
+
+def ports(cluster):
+    return list(cluster.workers)
+
+
+def test_loss_of_a_worker_then_a_new_version_and_back(image, new_image, config):  # noqa: F811
+    clusters = [Cluster(image, config, workers=2)]
+    try:
+        first = clusters[0].deploy()
+        healthz = "import urllib.request as u; print(u.urlopen('http://worker0:52365/api/local_raylet_healthz').read())"
+        # The probe of rayservice.yaml.
+        assert "success" in pods.docker("exec", first.head, "python", "-c", healthz).stdout
+        for port in ports(first):
+            wait_for(port)
+
+        # A node is lost: what Kubernetes sees by its readiness probe, the clients here see at once.
+        service = ports(first)
+        with Clients(service) as clients:
+            time.sleep(3)
+            lost = service[1]
+            pods.docker("kill", first.workers[lost])
+            service.pop()
+            at = time.monotonic()
+            time.sleep(10)
+        failed = [each for each in clients.answers if each[3] != 200]
+        elsewhere = [each for each in failed if each[1] != lost]
+        print(f"worker killed: {len(clients.answers)} requests, {len(failed)} lost, {len(elsewhere)} of them elsewhere")
+        right(clients, PAIRS)
+        assert len(failed) <= 4 and not [each for each in elsewhere if each[0] > at + 5]
+
+        for version, expected in ((new_image, NEW_PAIRS), (image, PAIRS)):  # forward, and back
+            old = clusters[-1]
+            with Clients(service) as clients:
+                clusters.append(Cluster(version, config, workers=2))
+                clusters[-1].deploy()
+                for port in ports(clusters[-1]):
+                    wait_for(port)
+                at = time.monotonic()
+                service[:] = ports(clusters[-1])
+                time.sleep(3)
+                old.end()
+                time.sleep(2)
+            failed = [each for each in clients.answers if each[3] != 200]
+            print(f"to {version}: {len(clients.answers)} requests, {len(failed)} failed")
+            assert not failed
+            right(clients, PAIRS, NEW_PAIRS)
+            assert all(each[4] == expected[each[2]] for each in clients.answers if each[0] > at + 2)
+    finally:
+        for each in clusters:
+            each.end()
+
+
+def right(clients, *known):
+    assert all(each[4] in [pairs[each[2]] for pairs in known] for each in clients.answers if each[3] == 200)
+
+
+def wait_for(port, seconds=60):
+    """As a readiness probe does."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        line = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        try:
+            line.request("GET", "/translate/health")
+            if line.getresponse().status == 200:
+                return
+        except (OSError, http.client.HTTPException):
+            pass
+        finally:
+            line.close()
+        time.sleep(0.5)
+    raise AssertionError(f"no worker at {port}")

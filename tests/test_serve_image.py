@@ -1,0 +1,231 @@
+"""templates/Dockerfile-rayserve with a real Docker daemon: the documented commands, and all that may go wrong."""
+
+import http.client
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from loopback import build_options
+from remote import pods
+from test_remote import find
+
+TEMPLATES = Path(__file__).parents[1] / "templates"
+sys.path.insert(0, str(TEMPLATES))
+
+from test_template_ray_serve import PAIRS, free_port, make_model  # noqa: E402
+
+pytestmark = pytest.mark.xdist_group("docker")
+IMAGE, LABEL = "template_rayserve_image:test", "template-serve-test=1"
+FILES = ("Dockerfile-rayserve", ".dockerignore", "requirements-rayserve.txt", "template_ray_serve.py",
+         "check_serve_config.py", "serve_config.yaml")
+CANARY = "canary-" + "7f3a" * 8
+SMALL = ("--env=OMP_NUM_THREADS=1",)
+
+
+def build(folder, tag):
+    """`docker build` as documented; (seconds, output)."""
+    begin = time.monotonic()
+    with build_options() as options:
+        done = pods.docker("build", *options, "-t", tag, "-f", str(folder / "Dockerfile-rayserve"), str(folder),
+                           seconds=900)
+    assert done.returncode == 0, done.stdout[-5000:]
+    return time.monotonic() - begin, done.stdout
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A folder as a user has it, in which a key and other things lie about."""
+    folder = tmp_path_factory.mktemp("image")
+    for name in FILES:
+        shutil.copy(TEMPLATES / name, folder)
+    make_model(folder / "model", PAIRS)
+    for name in (".env", "notes.txt", "data.tsv"):
+        (folder / name).write_text(f"WANDB_API_KEY={CANARY}\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image(project):
+    if not shutil.which("docker") or pods.docker("version").returncode:
+        pytest.skip("no docker daemon answers")
+    seconds, _ = build(project, IMAGE)
+    print(f"built in {seconds:.0f} s")
+    yield IMAGE
+    pods.remove(LABEL)
+
+
+class Container:
+    """`docker run` of the image, removed at the end."""
+    def __init__(self, *options, image=IMAGE, command=(), publish=True):
+        self.port = free_port()
+        ports = [f"--publish=127.0.0.1:{self.port}:8000"] if publish else []
+        done = pods.docker("run", "--detach", f"--label={LABEL}", *SMALL, *ports, *options, image, *command)
+        assert done.returncode == 0, done.stdout
+        self.id = done.stdout.split()[-1]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pods.docker("rm", "--force", "--volumes", self.id)
+
+    def inside(self, *command, seconds=60):
+        return pods.docker("exec", self.id, *command, seconds=seconds)
+
+    def state(self, part):
+        return pods.docker("inspect", self.id, f"--format={{{{.State.{part}}}}}").stdout.strip()
+
+    def ask(self, text="Hello world!", timeout=30):
+        """(status, answer); status 0: no answer."""
+        line = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        try:
+            line.request("POST", "/translate", json.dumps({"text": text}), {"Content-Type": "application/json"})
+            reply = line.getresponse()
+            return reply.status, json.loads(reply.read())
+        except (OSError, http.client.HTTPException, ValueError):
+            return 0, None
+        finally:
+            line.close()
+
+    def ask_inside(self, text="Hello world!"):
+        """The same from within, for a container without a network."""
+        code = ("import json, sys, urllib.request as u; print(u.urlopen(u.Request('http://127.0.0.1:8000/translate', "
+                "json.dumps({'text': sys.argv[1]}).encode(), {'Content-Type': 'application/json'}), timeout=30)"
+                ".read().decode())")
+        done = self.inside("python", "-c", code, text)
+        return (200, json.loads(done.stdout)) if done.returncode == 0 else (0, done.stdout)
+
+    def logs(self):
+        return pods.docker("logs", self.id).stdout
+
+    def wait(self, ask=None, seconds=120):
+        """Wait until it translates."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.state("Running") == "true":
+            if (ask or self.ask)() == (200, {"translation": "Bonjour le monde !"}):
+                return self
+            time.sleep(0.5)
+        raise AssertionError(self.logs()[-5000:])
+
+
+def test_image_is_small_and_holds_no_secret_and_no_cache(image):
+    size = int(pods.docker("image", "inspect", image, "--format", "{{.Size}}").stdout)
+    print(f"{size / 1e9:.2f} GB")
+    assert size < 1.6e9
+    described = pods.docker("image", "inspect", image).stdout + pods.docker("history", "--no-trunc", image).stdout
+    assert "org.opencontainers.image.title" in described and find(CANARY, described.encode()) == 0
+    with subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE) as saved:
+        whole = b"".join(iter(lambda: saved.stdout.read(1 << 24), b""))
+    assert find(CANARY, whole) == 0 < find("RAY_USAGE_STATS_ENABLED=0", whole)
+    looked = pods.docker(
+        "run", "--rm", f"--label={LABEL}", "--user=0", "--entrypoint=sh", image, "-c",
+        "ls -A /serve_app; echo ---; find / -xdev -type f -perm -2 ! -path '/proc/*'; echo ---; "
+        "find /root /venv /var -name '*.deb' -o -name '*_Packages' -o -name pip; "
+        "echo ---; find / -xdev -perm -4000 -newer /venv/pyvenv.cfg -type f").stdout
+    app, writable, caches, setuid = looked.split("---")
+    assert set(app.split()) == {"model", "template_ray_serve.py", "check_serve_config.py", "serve_config.yaml"}
+    assert not writable.split() and not caches.split() and not setuid.split(), looked
+
+
+def test_a_change_of_code_builds_only_the_last_layer(image, project):
+    code = project / "template_ray_serve.py"
+    before = code.read_text()
+    try:
+        code.write_text(before + "\n# changed\n")
+        seconds, output = build(project, "template_rayserve_image:changed")
+    finally:
+        code.write_text(before)
+        pods.docker("image", "rm", "template_rayserve_image:changed")
+    print(f"built after a change in {seconds:.1f} s")
+    assert len(re.findall("Using cache", output)) >= 8
+
+
+WAYS = {
+    "as documented, with the config mounted": ["config"],
+    "with the config inside": [],
+    "read-only, as another user, 64 MB of shared memory": [
+        "--read-only", "--tmpfs=/tmp", "--user=123456:0", "--shm-size=64m", "--cap-drop=ALL",
+        "--security-opt=no-new-privileges"],
+    "one CPU and 2 GB": ["--cpus=1", "--memory=2g"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_serves(image, project, way):
+    options = [option if option != "config" else
+               f"--mount=type=bind,source={project / 'serve_config.yaml'},target=/serve_app/serve_config.yaml"
+               for option in WAYS[way]]
+    with Container(*options, command=("serve", "run", "serve_config.yaml") if options != WAYS[way] else ()) as running:
+        begin = time.monotonic()
+        running.wait()
+        print(f"{way}: translates after {time.monotonic() - begin:.0f} s")
+        assert int(running.inside("id", "-u").stdout) != 0
+        assert "Traceback" not in running.logs()
+        for text, answer in PAIRS.items():
+            assert running.ask(text) == (200, {"translation": answer})
+
+
+def test_without_a_network_and_its_health(image):
+    with Container("--network=none", "--health-interval=1s", "--health-start-period=0s", publish=False) as running:
+        assert running.state("Health.Status") == "starting"
+        running.wait(running.ask_inside)
+        end = time.monotonic() + 30
+        while running.state("Health.Status") != "healthy" and time.monotonic() < end:
+            time.sleep(0.5)
+        assert running.state("Health.Status") == "healthy"
+
+
+def test_a_wrong_config_ends_with_the_reason(image, project, tmp_path):
+    config = yaml.safe_load((project / "serve_config.yaml").read_text())
+    config["applications"][0]["args"]["max_bach_size"] = 8
+    (tmp_path / "serve_config.yaml").write_text(yaml.safe_dump(config))
+    mount = f"--mount=type=bind,source={tmp_path / 'serve_config.yaml'},target=/serve_app/serve_config.yaml"
+    checked = pods.docker("run", "--rm", f"--label={LABEL}", mount, image, "python", "check_serve_config.py",
+                          "serve_config.yaml")
+    assert checked.returncode == 1 and len(checked.stdout.splitlines()) == 1, checked.stdout
+    assert "max_bach_size" in checked.stdout
+
+
+def test_nobody_else_reaches_the_dashboard(image):
+    """Port 8265 runs code for whoever reaches it: it listens inside only, and there it asks for a token."""
+    with Container("--publish=127.0.0.1::8265") as running:
+        running.wait()
+        address = pods.docker("inspect", running.id, "--format={{.NetworkSettings.IPAddress}}").stdout.strip()
+        code = ("import sys, urllib.request as u, urllib.error as e\ntry: print(u.urlopen(u.Request("
+                "f'http://{sys.argv[1]}:8265/api/jobs/', b'{\"entrypoint\": \"id\"}', {'Content-Type': "
+                "'application/json'}), timeout=5).status)\nexcept e.HTTPError as err: print(err.code)\n"
+                "except OSError as err: print('refused')")
+        other = pods.docker("run", "--rm", f"--label={LABEL}", "--entrypoint=python", image, "-c", code, address)
+        assert other.stdout.strip() == "refused"
+        assert running.inside("python", "-c", code, "127.0.0.1").stdout.strip() in ("401", "403")
+
+
+def test_told_to_stop_it_ends_in_time(image):
+    with Container() as running:
+        running.wait()
+        begin = time.monotonic()
+        pods.docker("stop", "--time=60", running.id)
+        took = time.monotonic() - begin
+        print(f"ended {took:.0f} s after it was told to, with {running.state('ExitCode')}")
+        assert took < 30 and running.state("ExitCode") == "0" and running.ask(timeout=5)[0] == 0
+
+
+def test_killed_and_started_again(image):
+    with Container() as running:
+        running.wait()
+        assert pods.docker("kill", running.id).returncode == 0
+        assert pods.docker("start", running.id).returncode == 0
+        running.wait()
+
+
+def test_a_full_disk_stops_no_answer(image):
+    with Container("--tmpfs=/tmp:size=256m", "--read-only") as running:
+        running.wait()
+        running.inside("sh", "-c", "cat /dev/zero > /tmp/full")
+        assert all(running.ask(text) == (200, {"translation": answer}) for text, answer in PAIRS.items())
