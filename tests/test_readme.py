@@ -126,6 +126,7 @@ def test_commands_for_a_copy(tmp_path):
 
 def test_files_that_the_readme_names_are_there():
     tree = (ROOT / "README.md").read_text("utf-8").split("## What is here")[1].split("```")[1]
-    described = set(re.findall(r"[\w-]*\.[\w.-]+\w|Dockerfile[\w-]*", tree.split("templates/ ")[1].split("\ndocs/ ")[0]))
+    names, files = r"[\w-]*\.[\w.-]+\w|Dockerfile[\w-]*", tree.split("templates/ ")[1].split("\ndocs/ ")[0]
+    described = set(re.findall(names, files))
     kept = {path for path in (ROOT / "templates").iterdir() if path.is_file() and path.name != ".env"}
     assert {path.name for path in kept} == described
