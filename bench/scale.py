@@ -42,9 +42,8 @@ threading.Event().wait()
 class Nodes(bench.Server):
     """The template on so many nodes, with so many replicas each."""
     def __init__(self, folder, nodes, replicas=1):
-        bench.SERVERS["template"] = (None, lambda _: (
-            ["-c", NODES, str(folder), str(bench.PORT), str(nodes), str(replicas)], HERE.parent / "templates"))
-        super().__init__("template", folder)
+        command = ["-c", NODES, str(folder), str(bench.PORT), str(nodes), str(replicas)]
+        super().__init__("template", folder, (None, lambda _: (command, HERE.parent / "templates")))
 
     def processes(self, part=""):
         return [each for each in psutil.process_iter() if self.ours(each) and part in " ".join(each.cmdline())]

@@ -251,7 +251,7 @@ def test_image_runs_as_anybody_and_holds_no_secret(image, tmp_path):
         done = pods.docker("run", "--rm", f"--label={LABEL}", "--network=none", f"--user={user}", "--read-only",
                            "--tmpfs=/work:mode=1777", "--tmpfs=/tmp", "--env=OMP_NUM_THREADS=1",
                            f"--volume={TEMPLATES / 'template_flow.py'}:/flow/template_flow.py:ro", image, "python",
-                           "/flow/template_flow.py", "--no-pylint", "run", "--offline", "True", "--epochs", "2",
+                           "/flow/template_flow.py", "--no-pylint", "run", "--offline", "True", "--epochs", "4",
                            seconds=150)
         assert done.returncode == 0 and "Done!" in done.stdout, done.stdout
 

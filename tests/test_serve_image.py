@@ -117,7 +117,7 @@ class Container:
 def test_image_is_small_and_holds_no_secret_and_no_cache(image):
     size = int(pods.docker("image", "inspect", image, "--format", "{{.Size}}").stdout)
     print(f"{size / 1e9:.2f} GB")
-    assert size < 1.6e9
+    assert size < 1.5e9
     described = pods.docker("image", "inspect", image).stdout + pods.docker("history", "--no-trunc", image).stdout
     assert "org.opencontainers.image.title" in described and find(CANARY, described.encode()) == 0
     with subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE) as saved:

@@ -171,10 +171,11 @@ def test_a_text_that_fails_harms_no_other_in_its_batch(server):
 def test_metrics_tell_of_batches_and_keep_routes_few(server):
     for number in range(50):
         assert server.ask(f"/translate/aaa{number}", method="GET")[0] == 404
+    serves(server)  # no figures of batches before there was one, and none of cut sentences here
+    told = re.findall(r"ray_\w+", (TEMPLATES.parent / "docs/serve.md").read_text().split("| metric for")[1])
     targets = next(Path(server.scratch).rglob("prom_metrics_service_discovery.json"))
-    end = time.monotonic() + 30
-    text = ""
-    while time.monotonic() < end and not ("translator_batch_size_bucket" in text and "serve_num_http" in text):
+    end, text, missing = time.monotonic() + 30, "", set(told)
+    while time.monotonic() < end and (missing or "serve_num_http" not in text):
         time.sleep(1)
         text = ""
         for target in [target for group in json.loads(targets.read_text()) for target in group["targets"]]:
@@ -182,8 +183,8 @@ def test_metrics_tell_of_batches_and_keep_routes_few(server):
                 text += urllib.request.urlopen(f"http://{target}/metrics", timeout=10).read().decode()
             except OSError:
                 pass  # that one is not up yet
-    told = re.findall(r"ray_\w+", (TEMPLATES.parent / "docs/serve.md").read_text().split("| metric for")[1])
-    missing = {name for name in told if f"\n{name}" not in text} - {"ray_translator_cut_sentences_total"}  # none was
+        missing = {name for name in told if f"\n{name}" not in text} - {"ray_translator_cut_sentences_total"}
+    assert "translator_batch_size_bucket" in text and "translator_input_tokens" in text
     assert len(told) == 5 and not missing, sorted(set(re.findall(r"^ray_\w+", text, re.M)))
     assert len(set(re.findall(r'route="([^"]*)"', text))) <= 6 and "aaa1" not in text
 
