@@ -1,7 +1,11 @@
 """templates/rayservice.yaml: the same config as on the laptop, and what Kubernetes and KubeRay accept."""
 
+import http.server
 import json
+import math
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +13,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from loopback import served
 
 ROOT = Path(__file__).parents[1]
 TEMPLATES = ROOT / "templates"
@@ -62,6 +67,51 @@ def test_config_is_that_of_the_laptop_and_in_order(service, config, tmp_path):
     done = subprocess.run([sys.executable, "check_serve_config.py", "its.yaml"], cwd=tmp_path, timeout=100, text=True,
                           capture_output=True)
     assert done.returncode == 0, done.stderr
+
+
+class Discovery(http.server.BaseHTTPRequestHandler):
+    """What `kubectl` asks an API server before it looks at a file: which kinds there are."""
+    KINDS = {"ray.io/v1": "RayService", "networking.k8s.io/v1": "NetworkPolicy", "policy/v1": "PodDisruptionBudget"}
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        if kind := self.KINDS.get(path.removeprefix("/apis/")):
+            answer = {"kind": "APIResourceList", "groupVersion": path.removeprefix("/apis/"), "resources": [
+                {"name": f"{kind.lower()}s", "kind": kind, "namespaced": True, "verbs": ["create", "get", "patch"]}]}
+        else:
+            versions = {name: {"groupVersion": name, "version": "v1"} for name in self.KINDS if path == "/apis"}
+            answer = {"kind": "APIGroupList", "apiVersion": "v1", "groups": [
+                {"name": name.split("/")[0], "versions": [each], "preferredVersion": each}
+                for name, each in versions.items()]}
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="no kubectl: install Debian's package kubernetes-client")
+def test_kubectl_reads_the_same(documents, tmp_path):
+    with served(Discovery) as server:
+        done = subprocess.run(
+            ["kubectl", "--server", server.url, "--cache-dir", str(tmp_path), "create", "--dry-run=client",
+             "--validate=false", "-o", "yaml", "-f", str(TEMPLATES / "rayservice.yaml")],
+            capture_output=True, text=True, timeout=60, env={**os.environ, "KUBECONFIG": os.devnull})
+    assert done.returncode == 0, done.stderr
+    read = list(yaml.safe_load_all(done.stdout))
+    for each in read:
+        each["metadata"].pop("namespace")
+    assert read == documents
+
+
+def test_table_of_sizes_counts_right():
+    rows = re.findall(r"^\| \w+ \| (\d+) \| (\d+) \| (\d+) \|$", (ROOT / "docs/ship.md").read_text("utf-8"), re.M)
+    assert len(rows) == 3
+    for each in rows:
+        rate, for_50, for_200 = map(int, each)
+        assert (for_50, for_200) == (math.ceil(50 / (0.8 * rate)), math.ceil(200 / (0.8 * rate)))
 
 
 def groups(service):
@@ -129,6 +179,9 @@ def test_workflow_of_the_page_is_one_and_names_actions_by_commit(tmp_path):
     done = subprocess.run([sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows",
                            str(tmp_path / "image.yml")], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
+    audited = subprocess.run([Path(sys.executable).with_name("zizmor"), "--offline", "--persona=pedantic",
+                              str(tmp_path / "image.yml")], capture_output=True, text=True, timeout=60)
+    assert audited.returncode == 0, audited.stdout
     workflow = yaml.safe_load(block)
     assert workflow["permissions"] == {}
     (job,) = workflow["jobs"].values()

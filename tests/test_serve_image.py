@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,15 @@ from test_template_ray_serve import PAIRS, free_port, make_model  # noqa: E402
 pytestmark = pytest.mark.xdist_group("docker")
 IMAGE, LABEL = "template_rayserve_image:test", "template-serve-test=1"
 FILES = ("Dockerfile-rayserve", ".dockerignore", "requirements-rayserve.txt", "template_ray_serve.py",
-         "check_serve_config.py", "serve_config.yaml")
+         "check_serve_config.py", "rayserve_entrypoint.py", "serve_config.yaml")
 CANARY = "canary-" + "7f3a" * 8
 SMALL = ("--env=OMP_NUM_THREADS=1",)
+RUN = ("serve", "run", "serve_config.yaml")
+
+
+def mounted(folder):
+    """Options that put this folder's config in the place of the image's."""
+    return [f"--mount=type=bind,source={folder / 'serve_config.yaml'},target=/serve_app/serve_config.yaml"]
 
 
 def build(folder, tag):
@@ -82,13 +89,14 @@ class Container:
         return pods.docker("inspect", self.id, f"--format={{{{.State.{part}}}}}").stdout.strip()
 
     def ask(self, text="Hello world!", timeout=30):
-        """(status, answer); status 0: no answer."""
+        """(status, answer or None if it is not ours); status 0: no answer."""
         line = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
             line.request("POST", "/translate", json.dumps({"text": text}), {"Content-Type": "application/json"})
             reply = line.getresponse()
-            return reply.status, json.loads(reply.read())
-        except (OSError, http.client.HTTPException, ValueError):
+            ours = reply.getheader("Content-Type") == "application/json"
+            return reply.status, json.loads(reply.read()) if ours else None
+        except (OSError, http.client.HTTPException):
             return 0, None
         finally:
             line.close()
@@ -129,8 +137,17 @@ def test_image_is_small_and_holds_no_secret_and_no_cache(image):
         "find /root /venv /var -name '*.deb' -o -name '*_Packages' -o -name pip; "
         "echo ---; find / -xdev -perm -4000 -newer /venv/pyvenv.cfg -type f").stdout
     app, writable, caches, setuid = looked.split("---")
-    assert set(app.split()) == {"model", "template_ray_serve.py", "check_serve_config.py", "serve_config.yaml"}
+    assert set(app.split()) == {"model", *FILES[3:]}
     assert not writable.split() and not caches.split() and not setuid.split(), looked
+
+
+def test_the_lock_names_every_package_by_hash(image):
+    lock = pods.docker("run", "--rm", f"--label={LABEL}", image, "cat", "/venv/lock.txt").stdout.splitlines()
+    assert all(re.fullmatch(r"[\w.\-]+==[\w.+]+ --hash=sha256:[0-9a-f]{64}", each) for each in lock), lock
+    inside = pods.docker("run", "--rm", f"--label={LABEL}", image, "python", "-c", "import importlib.metadata as m\n"
+                         "for one in m.distributions(): print(one.name + '==' + one.version)").stdout.split()
+    name = lambda each: re.sub(r"[-_.]+", "-", each.split()[0]).lower()  # noqa: E731
+    assert sorted(map(name, lock)) == sorted(map(name, inside)) and len(lock) > 60
 
 
 def test_a_change_of_code_builds_only_the_last_layer(image, project):
@@ -158,10 +175,8 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_it_serves(image, project, way):
-    options = [option if option != "config" else
-               f"--mount=type=bind,source={project / 'serve_config.yaml'},target=/serve_app/serve_config.yaml"
-               for option in WAYS[way]]
-    with Container(*options, command=("serve", "run", "serve_config.yaml") if options != WAYS[way] else ()) as running:
+    options = [each for option in WAYS[way] for each in (mounted(project) if option == "config" else [option])]
+    with Container(*options, command=RUN if WAYS[way] == ["config"] else ()) as running:
         begin = time.monotonic()
         running.wait()
         print(f"{way}: translates after {time.monotonic() - begin:.0f} s")
@@ -181,15 +196,13 @@ def test_without_a_network_and_its_health(image):
         assert running.state("Health.Status") == "healthy"
 
 
-def test_a_wrong_config_ends_with_the_reason(image, project, tmp_path):
+def test_a_wrong_config_ends_it_with_the_reason(image, project, tmp_path):
     config = yaml.safe_load((project / "serve_config.yaml").read_text())
     config["applications"][0]["args"]["max_bach_size"] = 8
     (tmp_path / "serve_config.yaml").write_text(yaml.safe_dump(config))
-    mount = f"--mount=type=bind,source={tmp_path / 'serve_config.yaml'},target=/serve_app/serve_config.yaml"
-    checked = pods.docker("run", "--rm", f"--label={LABEL}", mount, image, "python", "check_serve_config.py",
-                          "serve_config.yaml")
-    assert checked.returncode == 1 and len(checked.stdout.splitlines()) == 1, checked.stdout
-    assert "max_bach_size" in checked.stdout
+    done = pods.docker("run", "--rm", f"--label={LABEL}", *mounted(tmp_path), image, *RUN)
+    assert done.returncode == 1 and len(done.stdout.splitlines()) == 1, done.stdout
+    assert "max_bach_size" in done.stdout
 
 
 def test_nobody_else_reaches_the_dashboard(image):
@@ -206,14 +219,37 @@ def test_nobody_else_reaches_the_dashboard(image):
         assert running.inside("python", "-c", code, "127.0.0.1").stdout.strip() in ("401", "403")
 
 
-def test_told_to_stop_it_ends_in_time(image):
-    with Container() as running:
+def test_told_to_stop_it_answers_what_has_begun_and_nothing_more(image, project, tmp_path):
+    code = (project / "template_ray_serve.py").read_text()
+    first = "        ids = self.tokenizer.pad("
+    assert code.count(first) == 1
+    slow = "        if Path('/tmp/slow').exists():\n            __import__('time').sleep(8)\n"
+    (tmp_path / "slow.py").write_text(code.replace(first, slow + first))
+    mount = f"--mount=type=bind,source={tmp_path / 'slow.py'},target=/serve_app/template_ray_serve.py"
+    with Container(mount) as running:
         running.wait()
-        begin = time.monotonic()
-        pods.docker("stop", "--time=60", running.id)
+        running.inside("touch", "/tmp/slow")
+        with ThreadPoolExecutor(len(PAIRS)) as threads:
+            begun = [threads.submit(running.ask, text) for text in PAIRS]
+            time.sleep(1)
+            begin = time.monotonic()
+            pods.docker("kill", "--signal=SIGTERM", running.id)
+            time.sleep(5)
+            assert not any(each.done() for each in begun)
+            late = running.ask(timeout=5)[0]
+            answers = [each.result() for each in begun]
+        assert pods.docker("wait", running.id).stdout.strip() == "0", running.logs()
         took = time.monotonic() - begin
-        print(f"ended {took:.0f} s after it was told to, with {running.state('ExitCode')}")
-        assert took < 30 and running.state("ExitCode") == "0" and running.ask(timeout=5)[0] == 0
+        print(f"ended after {took:.0f} s; a request meanwhile got {late}")
+        assert answers == [(200, {"translation": answer}) for answer in PAIRS.values()]
+        assert late == 404 and took < 30
+
+
+def test_told_to_stop_while_it_starts(image):
+    with Container() as running:
+        time.sleep(5)
+        assert pods.docker("stop", "--time=60", running.id).returncode == 0
+        assert running.state("ExitCode") in ("0", "1") and "Traceback" not in running.logs(), running.logs()
 
 
 def test_killed_and_started_again(image):
