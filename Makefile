@@ -3,12 +3,13 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench faults lint clean
+.PHONY: help setup demo test bench faults lint update newest clean
 
 PYTHON ?= python3
 # Where the CPU build of torch comes from on Linux, an index or a folder of wheels; empty: take the CUDA build.
 TORCH_CPU ?= https://download.pytorch.org/whl/cpu
-REQUIREMENTS := templates/requirements.outerbounds.txt templates/requirements-rayserve.txt requirements-dev.txt
+PINS := templates/requirements.outerbounds.txt templates/requirements-rayserve.txt
+REQUIREMENTS := $(PINS) requirements-dev.txt
 BIN := $(CURDIR)/.venv/bin
 PEERS := $(patsubst bench/requirements-%.txt,bench/.venv-%/ready,$(wildcard bench/requirements-*.txt))
 
@@ -19,14 +20,14 @@ setup: .venv/ready ## make .venv with what the templates and their tests need
 
 # $(call install,folder,requirements files): a virtual environment, with the CPU build of torch where it can be had
 define install
-@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || {
-  echo "make setup: needs Python 3.10 to 3.13; name one: make setup PYTHON=python3.11"; exit 1; }
+@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || {
+  echo "make setup: needs Python 3.11 to 3.13; name one: make setup PYTHON=python3.11"; exit 1; }
 log=$$(mktemp)
 failed() { echo "make setup: $$1 ($$(grep -m1 '^ERROR' $$log || tail -n1 $$log)); the whole log: $$log"; rm -rf $1; exit 1; }
 echo "installing into $1, a few minutes the first time ..."
 rm -rf $1
 $(PYTHON) -m venv $1 > $$log 2>&1 || failed "cannot make $1; on Debian install python3-venv"
-torch=$$(grep -h '^torch==' templates/requirements.outerbounds.txt)
+torch=$$(grep -h '^torch==' $2 $(PINS) | head -n 1)
 if [ "$$(uname -s)" = Linux ] && [ -n "$(TORCH_CPU)" ]; then
   case "$(TORCH_CPU)" in http*) from="--extra-index-url $(TORCH_CPU)" ;; *) from="--find-links $(TORCH_CPU)" ;; esac
   $1/bin/pip install -q --retries 0 --timeout 5 --no-deps $$from "$$torch+cpu" > $$log 2>&1 ||
@@ -88,8 +89,27 @@ faults: ## break things under load and count what is lost
 	@echo "make faults: not yet"; exit 2
 
 lint: setup ## ruff and mypy
-	@$(BIN)/ruff check templates tests bench
+	@$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# $(newest): the newest versions that fit together, none older than a pin, and all that comes along
+newest = sed -E '/^\#/d; s/==/>=/' $(PINS) | $(BIN)/uv pip compile --quiet --no-header --no-annotate \
+  --no-strip-extras --python-version 3.11 --python-platform linux --constraint requirements-dev.txt -
+
+update: setup ## write the newest versions that fit together into the templates; then say make test
+	@$(newest) | while read -r pin; do
+	  sed -i -E "s/^$$(sed -E 's/==.*//; s/[][]/\\&/g' <<< "$$pin")==.*/$$pin/" $(PINS)
+	done
+	ray=$$(sed -nE 's/^ray.*==//p' $(PINS))
+	sed -i -E "s/(rayVersion: ).*\"(.*)/\1\"$$ray\"\2/" templates/rayservice.yaml
+	sed -i -E "s/(tested with Ray )[0-9.]+[0-9]/\1$$ray/" templates/serve_config.yaml
+	git diff --stat -- templates
+
+newest: setup ## run the templates' own tests with the newest versions, changing no file
+	@mkdir -p .venv-newest
+	$(newest) > newest.txt
+	$(call install,.venv-newest,newest.txt requirements-dev.txt)
+	.venv-newest/bin/python -m pytest templates
+
 clean: ## remove what the other targets made
-	@rm -rf .venv bench/.venv-* bench/results.* model templates/model .metaflow wandb .*_cache templates/__pycache__ tests/__pycache__
+	@rm -rf .venv .venv-newest newest.txt bench/.venv-* bench/results.* model templates/model .metaflow wandb .*_cache templates/__pycache__ tests/__pycache__

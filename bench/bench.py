@@ -130,7 +130,7 @@ class Line:
             else:
                 answer = await self.reader.readexactly(int(head.split(b"content-length:")[1].split(b"\r\n")[0]))
             return time.perf_counter() - begin, head.split()[1] == b"200" and len(answer) > 20
-        except (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError, IndexError):
+        except (TimeoutError, OSError, asyncio.IncompleteReadError, IndexError):
             self.writer = None
             await asyncio.sleep(0.1)
             return time.perf_counter() - begin, False

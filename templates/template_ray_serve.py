@@ -271,7 +271,7 @@ class Translator:
         """Translate one text or a list of texts."""
         try:
             question = await asyncio.wait_for(read(request, self.settings.max_body_bytes), self.settings.body_timeout_s)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise HTTPException(408, f"No whole body within {self.settings.body_timeout_s:g} s.", CLOSE) from None
         texts = [question.text] if isinstance(question.text, str) else question.text
         plans, sentences = await asyncio.to_thread(self.model.plan, texts)  # a long text must not hold up the others
@@ -280,7 +280,7 @@ class Translator:
         try:
             # A timeout, or a client that leaves, cancels what still waits for the model.
             done = await asyncio.wait_for(asyncio.gather(*map(self.batcher.put, sentences)), self.settings.timeout_s)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise HTTPException(504, f"Not done within {self.settings.timeout_s:g} seconds; try less text.") from None
         if failed := [type(one).__name__ for one in done if isinstance(one, Exception)]:
             raise HTTPException(500, f"The model failed on this text: {failed[0]}.")

@@ -1,0 +1,1 @@
+../../templates/export_model.py

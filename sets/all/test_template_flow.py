@@ -1,0 +1,1 @@
+../../templates/test_template_flow.py

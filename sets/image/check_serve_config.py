@@ -1,0 +1,1 @@
+../../templates/check_serve_config.py

@@ -1,0 +1,1 @@
+../../templates/test_template_ray_serve.py

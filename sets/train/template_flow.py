@@ -1,0 +1,1 @@
+../../templates/template_flow.py
