@@ -15,10 +15,11 @@ def rank(item):
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Keep the tests of one file on one worker, so that what they share is made once; start with the longest."""
+    """Keep the tests of one file, and all that start Ray, on one worker; start with the longest."""
     for item in items:
         if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+            name = item.path.name
+            item.add_marker(pytest.mark.xdist_group("ray" if name == "test_template_ray_serve.py" else name))
     items.sort(key=rank)
 
 

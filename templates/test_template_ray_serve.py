@@ -37,7 +37,6 @@ from transformers import (
 
 import template_ray_serve as app
 
-pytestmark = pytest.mark.xdist_group("ray")  # one Ray at a time
 HERE = Path(__file__).parent
 PAIRS = {
     "Hello world!": "Bonjour le monde !", "Good morning": "Bonjour", "The house is wonderful.": "La maison est belle.",

@@ -15,14 +15,14 @@ def find():
     return shutil.which("chromium") or shutil.which("chromium-browser")
 
 
-def look(url, png=None, ms=5000):
+def look(url, png=None, ms=5000, size="1000,800"):
     """Return the HTML, `ms` milliseconds of the page's own time after loading; draw it into a PNG file if named."""
     picture = [f"--screenshot={png}"] if png else []
     with tempfile.TemporaryDirectory(prefix="browser-", ignore_cleanup_errors=True) as profile:
         # A bus address that is no bus spares a failed look for one; all that the browser writes stays in `profile`.
         environment = {**os.environ, "HOME": profile, "TMPDIR": profile, "DBUS_SESSION_BUS_ADDRESS": "disabled:"}
         command = [find(), *FLAGS, f"--user-data-dir={profile}", f"--virtual-time-budget={ms}",
-                   "--window-size=1000,800", "--dump-dom", *picture, url]
+                   f"--window-size={size}", "--dump-dom", *picture, url]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
                               env=environment, start_new_session=True) as process:
             try:

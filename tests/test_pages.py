@@ -2,8 +2,10 @@
 
 import functools
 import http.server
+import os
 import re
 import urllib.request
+from pathlib import Path
 
 import browser
 import pytest
@@ -40,10 +42,11 @@ class Pressed(http.server.BaseHTTPRequestHandler):
 def test_page_translates(server, path, tmp_path):  # noqa: F811
     with served(Pressed) as between:
         between.app = server.port
-        html = browser.look(f"{between.url}{path}", tmp_path / "page.png")
+        picture = Path(os.environ.get("PICTURES") or tmp_path) / "translator.png"
+        html = browser.look(f"{between.url}{path}", picture, size="720,340")
     assert re.search(r"<pre[^>]*>Bonjour le monde !</pre>", html), html
     assert not re.search(r"(src|href)=", html)  # all in one file: it needs no other host
-    assert (tmp_path / "page.png").stat().st_size > 5000
+    assert picture.stat().st_size > 5000
 
 
 def test_cards_are_drawn(tmp_path):
