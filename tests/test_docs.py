@@ -164,7 +164,7 @@ FOREIGN = {
 def test_messages_are_those_of_the_files():
     sources = "".join(path.read_text("utf-8") for path in [*(ROOT / "templates").glob("*.py"), ROOT / "outdated.py"])
     for page in PAGES:
-        table = page.read_text("utf-8").partition("## What goes wrong")[2]
+        table = page.read_text("utf-8").partition("## What goes wrong")[2].partition("\n## ")[0]
         for message in re.findall(r"^\| `([^`]+)`", table, re.MULTILINE):
             if message not in FOREIGN:
                 longest = max(re.split(r"\.\.\.|\{.*?\}|\d+(?:\.\d+)?|: |<TAB>", message), key=len).strip()

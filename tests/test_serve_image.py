@@ -160,7 +160,7 @@ def test_a_change_of_code_builds_only_the_last_layer(image, project):
         code.write_text(before)
         pods.docker("image", "rm", "template_rayserve_image:changed")
     print(f"built after a change in {seconds:.1f} s")
-    assert len(re.findall("Using cache", output)) >= 8
+    assert len(re.findall("Using cache", output)) >= 18  # of 25 steps
 
 
 WAYS = {
