@@ -70,8 +70,8 @@ def main(repository: Path) -> int:
                 outdated.append((path, f"v{version}:templates/{name}", f"{newest}:templates/{name}"))
         print(f"{path}: {name} {version}, {state}")
     for path, was, now in outdated:
-        here, copy = shlex.quote(str(HERE)), shlex.quote(path)
-        print(f"git -C {here} show {was} > was; git -C {here} show {now} > now; git merge-file {copy} was now")
+        show = f"git -C {shlex.quote(str(HERE))} show"
+        print(f"{show} {was} > was; {show} {now} > now; git merge-file {shlex.quote(path)} was now; rm was now")
     return 1 if outdated else 0
 
 

@@ -89,9 +89,13 @@ def main():
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("model"), help="default: model/ here")
     parser.add_argument("--replace", action="store_true", help="overwrite the folder")
     arguments = parser.parse_args()
-    run = find_run(arguments.run, arguments.namespace)
+    from metaflow.exception import MetaflowException
+
     try:
+        run = find_run(arguments.run, arguments.namespace)
         export(run, arguments.output, arguments.replace)
+    except MetaflowException as error:
+        sys.exit(f"export_model.py: {error.message}")
     except OSError as error:
         sys.exit(f"export_model.py: cannot write {arguments.output}: {error.strerror}")
     print(f"{os.path.relpath(arguments.output)}: the model of run {run.pathspec}")

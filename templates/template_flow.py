@@ -32,7 +32,7 @@ ON_CPU = kubernetes(image=IMAGE, cpu=2, memory=8_000, disk=10_000)  # memory and
 # YOUR CODE: the GPU of `train`. @nvidia is for runs started by hand only, so a schedule takes one of the cluster
 ON_GPU = kubernetes(image=IMAGE, gpu=1, memory=16_000, disk=20_000) if SCHEDULED else nvidia(gpu=1, gpu_type="L40S")
 REQUIREMENTS = "".join(file.read_text() for file in Path(__file__).parent.glob("requirements.outerbounds.txt"))
-PREFIX = "translate English to French: "  # T5 reads its task from the text itself
+PREFIX = "translate English to French: "  # YOUR CODE: how T5 knows its task; the server has to have the same
 BATCH, MAX_TOKENS = 64, 128  # texts at once; longer texts are cut here, never where the model is served
 TENSORS = {"return_tensors": "pt", "padding": True, "truncation": True, "max_length": MAX_TOKENS}
 
@@ -277,7 +277,7 @@ class TemplateFlow(FlowSpec):
         rows = list(zip(sources, targets, translate(model, tokenizer, sources)))
         right = [(source, target) for source, target, output in rows if output == target]
         self.known_answers = dict(right[::1 + len(right) // 5])  # tried again where the model is served
-        self.scores = {"held_out_pairs": len(rows), "exact_match": 100 * len(right) / len(rows),
+        self.scores = {"held_out_pairs": len(rows), "exact_match": 100 * len(right) / len(rows),  # YOUR CODE: yours too
                        "chrf": CHRF().corpus_score([row[2] for row in rows], [targets]).score,
                        "chrf_of_copying": CHRF().corpus_score(sources, [targets]).score}
         current.card.append(Table([[str(round(n, 1)) for n in self.scores.values()]], headers=list(self.scores)))

@@ -7,7 +7,7 @@
 It serves the folder `model/` beside this file, which export_model.py writes, else a small model from the hub.
 Any other model, and every other setting below, by arguments only:
 
-    serve run template_ray_serve:build model=/path/to/model prefix="" --route-prefix "/translate"
+    serve run template_ray_serve:build model=/path/to/model prefix=" " --route-prefix "/translate"
 """
 
 import asyncio
@@ -39,7 +39,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid")
     model: str = Field("", description="Folder or hub name; empty: `model/` beside this file, or HUB_MODEL")
     revision: str | None = Field(None, description="Commit of a hub model; pin it, for its files can change")
-    prefix: str = Field(PREFIX, description="Put before every sentence; most models but T5 need none")
+    prefix: str = Field(PREFIX, description="Put before every sentence; most models but T5 need none, \" \"")
     precision: Literal["float32", "bfloat16", "int8"] = Field("float32", description="The safe one, or a faster one")
     max_batch_size: int = Field(32, ge=1, le=1024, description="Sentences in one call of the model")
     max_sentence_tokens: int = Field(128, ge=16, le=4096, description="A longer sentence is cut at a space")
@@ -98,7 +98,7 @@ class Model:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of prefix and text; `</s>` and the like in the text are plain text, not commands."""
-        return self.tokenizer(self.settings.prefix + text, split_special_tokens=True)["input_ids"]
+        return self.tokenizer(self.settings.prefix.lstrip() + text, split_special_tokens=True)["input_ids"]
 
     def fitting(self, text: str) -> list[str]:
         """[sentence, gap, sentence, ...], joined the text; one over max_sentence_tokens is cut near its middle."""

@@ -1,5 +1,5 @@
 # test_template_flow.py, version 0.1.0
-"""Tests of template_flow.py: `python -m pytest test_template_flow.py`. No network, no account; about two minutes.
+"""Tests of template_flow.py: `pip install pytest; python -m pytest test_template_flow.py`. No network, no account.
 
 Each flow runs as a user runs it, as a command, in a temporary folder and with none of your Metaflow or W&B settings.
 """

@@ -1,5 +1,5 @@
 # test_template_ray_serve.py, version 0.1.0
-"""Tests of template_ray_serve.py: `python -m pytest test_template_ray_serve.py`. No network; about a minute.
+"""Tests of template_ray_serve.py: `pip install pytest; python -m pytest test_template_ray_serve.py`. No network.
 
 The HTTP tests talk to a real `serve run` of a small model that is trained here in a few seconds.
 """
@@ -25,6 +25,7 @@ import pytest
 import torch
 import yaml
 from click import ClickException
+from ray.serve.scripts import convert_args_to_dict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     MarianConfig,
@@ -292,7 +293,8 @@ def test_a_model_that_gives_other_answers_is_refused(project, tmp_path):
 @pytest.mark.parametrize("marian", [False, True])
 def test_another_model_with_another_prefix_by_arguments_only(tmp_path, marian):
     make_model(tmp_path / "other", {"Guten Tag": "Buenos días", "Danke": "Gracias"}, prefix="", marian=marian)
-    other = app.Model(app.Settings(model=str(tmp_path / "other"), prefix=""))
+    # As `serve run` reads them, which takes no empty value.
+    other = app.Model(app.Settings(**convert_args_to_dict((f"model={tmp_path / 'other'}", "prefix= "))))
     assert other([other.encode("Guten Tag"), other.encode("Danke")]) == [("Buenos días", False), ("Gracias", False)]
 
 

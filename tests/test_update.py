@@ -97,16 +97,18 @@ def test_copier_asks_one_question_and_runs_nothing():
 def test_page_word_by_word(release, next_release, tmp_path):
     """docs/update.md: the copy, edits, a new release, the update; copies by hand; from these to copier."""
     shown = commands(ROOT / "docs/update.md")[1:]  # without the installation
-    assert len(shown) == 11
+    assert len(shown) == 12
     folder, bare = repository(tmp_path / "mine"), tmp_path / "templates"
     run(f"git clone --quiet {release} {bare}", tmp_path)
-    for command, expected in shown[:3]:
+    for command, expected in shown[:4]:
         assert shows(run(command, folder, TEMPLATES=str(bare)), expected)
     change(folder / "template_flow.py", "cpu=2, memory=8_000", "cpu=3, memory=8_000")
     (folder / ".env.example").unlink()
-    run("git commit --quiet --all --message mine", folder)
+    (folder / ".env").write_text("WANDB_API_KEY=mine\n")
+    run("git add --all; git commit --quiet --message mine", folder)
+    assert ".env" not in run("git ls-files", folder).split()
     run(f"git pull --quiet --tags {next_release}", bare)
-    for command, expected in shown[3:6]:
+    for command, expected in shown[4:7]:
         assert shows(run(command, folder), expected)
     text = (folder / "template_flow.py").read_text("utf-8")
     assert "cpu=3" in text and "MAX_TOKENS = 96" in text and text.endswith("# ${{ github.sha }} {% raw %}\n")
@@ -115,20 +117,20 @@ def test_page_word_by_word(release, next_release, tmp_path):
     by_hand = repository(tmp_path / "by hand")
     shutil.copy(ROOT / "templates/template_flow.py", by_hand / "flow.py")
     change(by_hand / "flow.py", "cpu=2, memory=8_000", "cpu=3, memory=8_000")
-    (command, expected) = shown[6]
+    (command, expected) = shown[7]
     output = run(command, by_hand, code=1, TEMPLATES=str(bare))
     assert shows(output, expected), output
     run(output.splitlines()[-1], by_hand)  # the line that it prints merges
     merged = (by_hand / "flow.py").read_text("utf-8")
     assert merged == text
     assert "flow.py: template_flow.py 0.2.0, changed\n" == run(
-        f"rm was now; python {bare}/outdated.py .", by_hand)
+        f"python {bare}/outdated.py .", by_hand)
 
     adopted = repository(tmp_path / "adopted")
     for name in SETS["serve"]:
         shutil.copy(ROOT / "templates" / name, adopted)
     change(adopted / "template_ray_serve.py", "max_batch_size: int = Field(32", "max_batch_size: int = Field(8")
-    for command, expected in shown[7:]:
+    for command, expected in shown[8:]:
         assert shows(run(command, adopted, TEMPLATES=str(bare)), expected)
     text = (adopted / "template_ray_serve.py").read_text("utf-8")
     assert "max_batch_size: int = Field(8" in text and "max_queue: int = Field(512" in text
