@@ -85,8 +85,8 @@ bench: setup $(PEERS) ## measure the server against its peers, an hour; make ben
 	@$(BIN)/python bench/bench.py $(BENCH)
 	$(BIN)/python bench/scale.py
 
-faults: ## break things under load and count what is lost
-	@echo "make faults: not yet"; exit 2
+faults: setup ## break things under load, count what is lost, two hours; make faults FAULTS="--times 3 --seconds 60"
+	@$(BIN)/python tests/faults.py $(FAULTS)
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Break the server and the flow on purpose, count what is lost, and write docs/reliability.md: `make faults`.
 
-    python tests/faults.py [--times 10] [--seconds 300] [--only NAME ...]
+    python tests/faults.py [--times 10] [--seconds 300] [--minutes 30] [--only NAME ...]
 
 Every answer is compared with the right one. Half of the clients take the first answer as it is, the other half try
 again as docs/serve.md says. Everything runs on this machine, on loopback, and ends with it.
@@ -8,6 +8,7 @@ again as docs/serve.md says. Everything runs on this machine, on loopback, and e
 
 import argparse
 import collections
+import contextlib
 import os
 import platform
 import random
@@ -20,9 +21,12 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from pathlib import Path
 
+import matplotlib
 import psutil
+import ray
 import urllib3
 import yaml
 
@@ -30,56 +34,20 @@ HERE = Path(__file__).parent
 TEMPLATES = HERE.parent / "templates"
 sys.path[:0] = [str(HERE), str(TEMPLATES)]
 
+from load import Load  # noqa: E402
+from remote import pods  # noqa: E402
+from test_serve_image import FILES, Container, build  # noqa: E402
 from test_serve_nodes import Cluster, node  # noqa: E402
 from test_template_flow import FLOW, artifacts, clean_environment  # noqa: E402
 from test_template_ray_serve import PAIRS, Server, make_model  # noqa: E402
 
 PAGE = HERE.parent / "docs/reliability.md"
-# docs/serve.md, "A client that tries again": a translation can be asked for twice without harm.
-RETRY = urllib3.Retry(8, backoff_factor=0.2, status_forcelist=[500, 502, 503, 504], allowed_methods=None,
-                      raise_on_status=False)
-
-
-class Load:
-    """Clients that ask all the time, every other one tries again. `answers`: (begin, end, again, status, right)."""
-    def __init__(self, port, clients=8):
-        self.url, self.answers, self.over = f"http://127.0.0.1:{port}/translate", [], threading.Event()
-        self.threads = [threading.Thread(target=self.ask, args=[bool(number % 2)]) for number in range(clients)]
-
-    def __enter__(self):
-        for each in self.threads:
-            each.start()
-        return self
-
-    def __exit__(self, *_):
-        self.over.set()
-        for each in self.threads:
-            each.join(100)
-
-    def ask(self, again):
-        texts = list(PAIRS)
-        random.shuffle(texts)
-        with urllib3.PoolManager(retries=RETRY if again else False, timeout=30) as pool:
-            while not self.over.is_set():
-                for text in texts:
-                    begin = time.monotonic()
-                    try:
-                        reply = pool.request("POST", self.url, json={"text": text})
-                        status = reply.status
-                        right = status == 200 and reply.json() == {"translation": PAIRS[text]}
-                    except (urllib3.exceptions.HTTPError, ValueError):
-                        status, right = 0, False
-                    self.answers.append((begin, time.monotonic(), again, status, right))
-                    if status != 200:
-                        time.sleep(0.1)
-
-    def since(self, at):
-        """(in flight at that time, lost by those who ask once, by those who try again, wrong, seconds to recover)."""
-        later = [each for each in self.answers if each[1] > at]
-        lost = [each for each in later if each[3] != 200]
-        wrong, recovered = [each for each in later if each[3] == 200 and not each[4]], [each[1] - at for each in lost]
-        again = sum(each[2] for each in lost)
-        return sum(each[0] < at for each in later), len(lost) - again, again, len(wrong), max(recovered, default=0.0)
+def since(load, at):
+    """(in flight at that time, lost by those who ask once, by those who try again, wrong, seconds to recover)."""
+    lost = [each for each in load.lost() if each.end > at]
+    again = sum(each.again for each in lost)
+    return (sum(each.begin < at < each.end for each in load.answers), len(lost) - again, again, len(load.wrong()),
+            max([each.end - at for each in lost], default=0.0))
 
 
 def make_app(folder, replicas=2, **more):
@@ -102,6 +70,9 @@ def deploy(server, config, wait=True):
                            f"http://127.0.0.1:{server.dashboard}"], cwd=server.folder, env=server.environment,
                           capture_output=True, timeout=200)
     return done.returncode
+
+
+LIKE_IMAGE = dict(re.findall(r"(RAY_(?:SERVE|ROTATION)\w+)=(\S+)", (TEMPLATES / "Dockerfile-rayserve").read_text()))
 
 
 def kill(part):
@@ -176,30 +147,28 @@ def settled(server, replicas, seconds=60):
 
 
 def row(name, results):
-    """A line of the table out of the tuples that Load.since gives."""
+    """A line of the table out of the tuples that `since` gives."""
     flying, once, again, wrong, recovery = zip(*results)
     return name, len(results), sum(flying), sum(once), sum(again), sum(wrong), f"{max(recovery):.1f}"
 
 
 def serve_faults(folder, names, times, pause=4):
     config = make_app(folder)
-    image = (TEMPLATES / "Dockerfile-rayserve").read_text()
-    checked = dict(re.findall(r"(RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S)=(\S+)", image))
     if wanted := [name for name in SERVE if name in names]:
-        with Server(folder, "run", config.name, cpus=4, dashboard=True, **checked) as server:
+        with Server(folder, "run", config.name, cpus=4, dashboard=True, **LIKE_IMAGE) as server:
             server.folder = folder
             server.wait()
             settled(server, 2)
             for name in wanted:
                 results = []
                 for number in range(times):
-                    with Load(server.port) as load:
+                    with Load(server.port, clients=8, again=True) as load:
                         time.sleep(1.5)
                         at = time.monotonic()
                         SERVE[name](server, number)
                         time.sleep(pause)
                         settled(server, 2)
-                    results.append(load.since(at))
+                    results.append(since(load, at))
                 yield row(name, results)
     if "node lost" in names:
         results = []
@@ -208,13 +177,78 @@ def serve_faults(folder, names, times, pause=4):
             with Cluster(folder, "run", "config.yaml") as server:
                 server.wait()
                 settled(server, 3)
-                with Load(server.port) as load:
+                with Load(server.port, clients=8, again=True) as load:
                     time.sleep(1.5)
                     at = time.monotonic()
                     lose_node(server, number)
                     time.sleep(pause + 8)  # until Ray has seen it
-                results.append(load.since(at))
+                results.append(since(load, at))
         yield row("node lost", results)
+
+
+def told_to_stop(container, load):
+    """SIGTERM: what has begun is answered. What comes later is for another container, so the clients end too."""
+    pods.docker("kill", "--signal=SIGTERM", container.id)
+    load.over.set()
+    pods.docker("wait", container.id)
+    pods.docker("start", container.id)
+
+
+def killed(container, load):
+    """The whole container, head of Ray and all, killed and started again."""
+    pods.docker("kill", container.id)
+    pods.docker("start", container.id)
+
+
+# What somebody's model might do, at its mark in the app.
+GREEDY = """
+        if Path("/tmp/greedy").exists():
+            Path("/tmp/greedy").unlink()
+            held = [b"x" * 100_000_000 for _ in range(40)]
+            raise ValueError(f"took {len(held)} times 100 MB")
+"""
+
+
+def out_of_memory(container, load):
+    """The replica takes more memory than the container may have: it is killed."""
+    container.inside("touch", "/tmp/greedy")
+    end = time.monotonic() + 30
+    while container.inside("ls", "/tmp/greedy").returncode == 0 and time.monotonic() < end:
+        time.sleep(0.2)
+    time.sleep(5)
+    assert "took 40 times" not in container.logs()
+
+
+CONTAINER = {"container told to stop": told_to_stop, "container killed, started again": killed,
+             "out of memory": out_of_memory}
+
+
+def container_faults(folder, names, times):
+    """The image, with one replica: what stands still while it starts again is lost to those who ask once."""
+    if not (wanted := [name for name in CONTAINER if name in names]):
+        return
+    make_app(folder)
+    for name in FILES:
+        shutil.copy(TEMPLATES / name, folder)
+    build(folder, "template_rayserve_image:faults")
+    app = (folder / "template_ray_serve.py").read_text()
+    mark = re.search(r"\n        # YOUR CODE: .*", app).end()
+    (folder / "greedy.py").write_text(app[:mark] + GREEDY.rstrip() + app[mark:])
+    mount = f"--mount=type=bind,source={folder / 'greedy.py'},target=/serve_app/template_ray_serve.py"
+    for name in wanted:
+        results, options = [], [mount] if name == "out of memory" else []
+        with Container("--memory=3g", "--memory-swap=3g", *options, image="template_rayserve_image:faults") as running:
+            running.wait()
+            for _ in range(times):
+                with Load(running.port, clients=8, again=True) as load:
+                    time.sleep(2)
+                    at = time.monotonic()
+                    CONTAINER[name](running, load)
+                    running.wait()
+                    time.sleep(2)
+                results.append(since(load, at))
+        yield row(name, results)
+    pods.docker("image", "rm", "template_rayserve_image:faults")
 
 
 def flow(folder, *arguments, command="run", **options):
@@ -248,9 +282,9 @@ def kill_task(folder, right, seconds):
     running = flow(folder, *EPOCHS)
     time.sleep(random.uniform(1, seconds))
     for each in psutil.Process(running.pid).children(recursive=True):
-        if " train " in " ".join(each.cmdline()):
-            each.kill()
-            break
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if " train " in " ".join(each.cmdline()):
+                each.kill()
     running.communicate(timeout=200)
     if running.returncode == 0:  # it had finished
         return 1, 0, 0, int(model_of(folder) != right), 0.0
@@ -261,9 +295,9 @@ def kill_flow(folder, right, seconds):
     """kill -9 of the whole flow, at any time."""
     running = flow(folder, *EPOCHS)
     time.sleep(random.uniform(1, seconds))
-    with_children = [psutil.Process(running.pid), *psutil.Process(running.pid).children(recursive=True)]
-    for each in with_children:
-        each.kill()
+    for each in [*psutil.Process(running.pid).children(recursive=True), psutil.Process(running.pid)]:
+        with contextlib.suppress(psutil.Error):
+            each.kill()
     running.communicate(timeout=60)
     return resumed(folder, right, seconds)
 
@@ -276,6 +310,20 @@ def two_at_once(folder, right, seconds):
     lost = sum(each.returncode != 0 for each in both)
     assert lost or "Done!" in outputs[0]
     return 2, lost, lost, int(model_of(folder) != right), time.monotonic() - begin
+
+
+def disk_full(folder, right, seconds):
+    """The disk is full when an artifact is written: a clear end, and once there is room, `resume` does the rest."""
+    # The model, its checkpoints and the code take 20 MB or so.
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={random.randint(2, 8)}m", "tmpfs", folder], check=True)
+    try:
+        running = flow(folder, *EPOCHS)
+        output = running.communicate(timeout=200)[0]
+        assert running.returncode != 0 and "No space left on device" in output, output[-2000:]
+        subprocess.run(["mount", "-o", "remount,size=200m", folder], check=True)
+        return resumed(folder, right, seconds)
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 def export_interrupted(folder, right, seconds):
@@ -296,7 +344,7 @@ def export_interrupted(folder, right, seconds):
 
 
 TRAIN = {"training killed, then resume": kill_task, "flow killed, then resume": kill_flow,
-         "two runs at once": two_at_once, "export killed": export_interrupted}
+         "disk full, then resume": disk_full, "two runs at once": two_at_once, "export killed": export_interrupted}
 
 
 def train_faults(folder, names, times):
@@ -330,9 +378,76 @@ def arrivals(folder, names, seconds):
             time.sleep(4)
             at = time.monotonic()
             time.sleep(6)
-        capacity = sum(each[0] > at and each[4] for each in load.answers) / 6
+        capacity = sum(each.begin > at and each.right for each in load.answers) / 6
         for name in wanted:
-            yield name, *arrive(server, capacity * RATES[name], seconds)
+            yield name, f"{seconds:g}", *arrive(server, capacity * RATES[name], seconds)
+
+
+PARTS = ("ServeReplica", "ProxyActor", "ServeController", "raylet/raylet", "gcs_server")
+
+
+def sample(server):
+    """{(process, what): figure}: memory in MB, open files and threads of each process, and MB of all logs."""
+    found = {}
+    for part in PARTS:
+        for process in server.processes(part):
+            found[part, "memory in MB"] = process.memory_info().rss / 1e6
+            found[part, "open files"] = process.num_fds()
+            found[part, "threads"] = process.num_threads()
+    logs = Path(server.scratch).glob("session_2*/logs/**/*")  # and not by the link to the latest
+    found["all", "logs in MB"] = sum(path.stat().st_size for path in logs if path.is_file()) / 1e6
+    return found
+
+
+def nonsense(server, over):
+    """Requests that are none: bad JSON, too large, unknown paths, clients that leave."""
+    number = 0
+    while not over.wait(0.2):
+        number += 1
+        server.ask(body=b"{" * (number % 900))
+        server.ask(body={"text": "a" * 300_000})
+        server.ask(f"/translate/{number}", method="GET")
+        server.ask(body={"text": list(PAIRS) * 20}, timeout=0.02)
+
+
+def long_run(folder, names, minutes):
+    """(figure of a process, minutes, after a fifth, at the end, requests, wrong) under mixed load; and a picture."""
+    if "long run" not in names:
+        return
+    config, samples, over = make_app(folder, replicas=1), [], threading.Event()
+    # Logs a twentieth of what the image allows, so that it is seen when they are full.
+    limits = {**LIKE_IMAGE, "RAY_ROTATION_MAX_BYTES": "1000000"}
+    with Server(folder, "run", config.name, cpus=2, **limits) as server:
+        server.wait()
+        other = threading.Thread(target=nonsense, args=[server, over])
+        with Load(server.port, clients=4) as load:
+            other.start()
+            begin = time.monotonic()
+            while time.monotonic() < begin + 60 * minutes:
+                time.sleep(60 * minutes / 100)
+                samples.append((time.monotonic() - begin, sample(server)))
+            over.set()
+            other.join(100)
+    draw(samples)
+    early, late = samples[len(samples) // 5][1], samples[-1][1]
+    for part, what in late:
+        figures = f"{early[part, what]:.0f}", f"{late[part, what]:.0f}"
+        yield f"{part}, {what}", f"{minutes:g}", *figures, len(load.answers), len(load.wrong())
+
+
+def draw(samples):
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+    kinds = ("memory in MB", "open files", "threads", "logs in MB")
+    figure, axes = pyplot.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
+    for plot, kind in zip(axes.flat, kinds):
+        for part in [part for part, what in samples[-1][1] if what == kind]:
+            plot.plot([at / 60 for at, _ in samples], [found.get((part, kind), 0) for _, found in samples], label=part)
+        plot.set(title=kind, ylim=(0, None))
+        plot.legend(fontsize="x-small")
+    for plot in axes[1]:
+        plot.set_xlabel("minutes")
+    figure.savefig(PAGE.with_suffix(".svg"))
 
 
 RATES = {f"load of {percent} %": percent / 100 for percent in (50, 80, 100, 150)}
@@ -366,47 +481,58 @@ def arrive(server, rate, seconds):
     return f"{rate:.0f}", len(found), p50, p99, statuses[503], len(found) - statuses[200] - statuses[503], wrong
 
 
-NAMES = [*RATES, *SERVE, "node lost", *TRAIN]
+NAMES = [*RATES, *SERVE, "node lost", *CONTAINER, *TRAIN, "long run"]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=10, help="how often each fault is tried")
     parser.add_argument("--seconds", type=float, default=300, help="of each load")
+    parser.add_argument("--minutes", type=float, default=30, help="of the long run")
     parser.add_argument("--only", nargs="*", default=NAMES, choices=NAMES, metavar="NAME")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("faults.py: told to end"))
     os.environ["OMP_NUM_THREADS"] = "1"
     folder = Path(tempfile.mkdtemp(prefix="faults.", dir="/tmp"))  # short: Ray puts sockets there
-    loads, faults = [], []
+    loads, faults, flat = [], [], []
     try:
         for each in arrivals(folder / "load", arguments.only, arguments.seconds):
             print(*each, sep=", ", flush=True)
             loads.append(each)
-        for each in (*serve_faults(folder / "serve", arguments.only, arguments.times),
-                     *train_faults(folder / "train", arguments.only, arguments.times)):
+        for part in (serve_faults, container_faults, train_faults):
+            for each in part(folder / part.__name__, arguments.only, arguments.times):
+                print(*each, sep=", ", flush=True)
+                faults.append(each)
+        for each in long_run(folder / "long", arguments.only, arguments.minutes):
             print(*each, sep=", ", flush=True)
-            faults.append(each)
+            flat.append(each)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(f"on {os.cpu_count()} CPUs, Python {platform.python_version()}")
-    if arguments.only == NAMES:
-        write({"load": (LOAD_HEADS, loads), "faults": (FAULT_HEADS, faults)}, arguments)
+    write({"load": loads, "faults": faults, "long run": flat})
 
 
-LOAD_HEADS = ["arrivals", "requests/s", "requests", "p50 ms", "p99 ms", "refused (503)", "lost", "wrong"]
-FAULT_HEADS = ["fault", "times", "in flight", "lost", "lost with retry", "wrong", "recovered after s"]
+HEADS = {
+    "load": ["arrivals", "s", "requests/s", "requests", "p50 ms", "p99 ms", "refused (503)", "lost", "wrong"],
+    "faults": ["fault", "times", "in flight", "lost", "lost with retry", "wrong", "recovered after s"],
+    "long run": ["process, figure", "minutes", "after a fifth", "at the end", "requests", "wrong"],
+}
 
 
-def write(tables, arguments):
-    """Put the tables between their marks in the page."""
-    text = PAGE.read_text("utf-8")
-    for name, (heads, rows) in tables.items():
-        lines = [f"| {' | '.join(map(str, each))} |" for each in (heads, ["---"] * len(heads), *rows)]
-        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda found: "\n".join(  # noqa: B023
-            [found[1], *lines, found[2]]).replace("\n\n|", "\n|"), text, flags=re.DOTALL)  # noqa: B023
+def write(tables):
+    """Put the rows between their marks in the page, each in the place of an earlier one of its name."""
+    how = f"{date.today()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, Ray {ray.__version__}"
+    text = re.sub(r"(<!-- how -->\n).*?\n(<!-- end -->)", rf"\g<1>{how}\n\2", PAGE.read_text("utf-8"), flags=re.DOTALL)
+    for name, rows in tables.items():
+        before, _, rest = text.partition(f"<!-- {name} -->\n")
+        old, end, after = rest.partition("<!-- end -->")
+        kept = {line.split(" | ")[0][2:]: line for line in old.splitlines()[2:]}
+        kept.update((str(row[0]), f"| {' | '.join(map(str, row))} |") for row in rows)
+        ranked = sorted(kept, key=lambda each: NAMES.index(each) if each in NAMES else 0)
+        lines = [f"| {' | '.join(cells)} |" for cells in (HEADS[name], ["---"] * len(HEADS[name]))]
+        lines += [kept[each] for each in ranked]
+        text = before + f"<!-- {name} -->\n" + "\n".join(lines) + "\n" + end + after
     PAGE.write_text(text, "utf-8")
-    print(f"written to {PAGE}: each fault {arguments.times} times, each load {arguments.seconds:g} s")
+    print(f"{how}: written to {PAGE}")
 
 
 if __name__ == "__main__":

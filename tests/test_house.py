@@ -1,5 +1,7 @@
 """What holds for the whole repository: versions that agree, words that must not occur, the files that tools read."""
 
+import fnmatch
+import os
 import re
 import subprocess
 import sys
@@ -10,10 +12,23 @@ import yaml
 from test_readme import ROOT
 
 BIN = Path(sys.executable).parent
-NAMES = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, text=True,
-                       capture_output=True, check=True).stdout.splitlines()
+IGNORED = [".git", *(line.rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines())]
+
+
+def names():
+    """The files of this repository, as git would list them; there need not be a git."""
+    def kept(path):
+        return not any(fnmatch.fnmatch(each, pattern) for each in (path, Path(path).name) for pattern in IGNORED)
+
+    for folder, folders, files in os.walk(ROOT):
+        here = Path(folder).relative_to(ROOT)
+        folders[:] = [name for name in folders if kept(str(here / name))]
+        yield from (str(here / name) for name in files if kept(str(here / name)))
+
+
+NAMES = sorted(names())
 TEXTS = {name: (ROOT / name).read_text("utf-8") for name in NAMES if (ROOT / name).is_file()
-         and not (ROOT / name).is_symlink() and name != "LICENSE" and not name.endswith(".png")}
+         and not (ROOT / name).is_symlink() and name != "LICENSE" and not name.endswith((".png", ".svg"))}
 SELF = str(Path(__file__).relative_to(ROOT))
 
 

@@ -1,19 +1,18 @@
 """A Ray cluster of containers from templates/Dockerfile-rayserve, started as KubeRay does: loss, roll-out, roll-back.
 
-There is no Kubernetes here: what its Service does, the clients do, who ask the workers that are in `self.workers`.
+There is no Kubernetes here: what its Service does, the clients do, who ask the ports of the workers that are there.
 """
 
 import http.client
-import json
 import shutil
 import sys
-import threading
 import time
 import uuid
 from pathlib import Path
 
 import pytest
 import yaml
+from load import Load
 from remote import pods
 from test_serve_image import LABEL, build, image, project  # noqa: F401
 
@@ -65,40 +64,6 @@ class Cluster:
         self.ids = []
 
 
-class Clients:
-    """Four clients that ask all the time, each time the next of the workers in `service`."""
-    def __init__(self, service):
-        self.service, self.answers, self.over = service, [], threading.Event()
-        self.threads = [threading.Thread(target=self.ask) for _ in range(4)]
-
-    def __enter__(self):
-        for each in self.threads:
-            each.start()
-        return self
-
-    def __exit__(self, *_):
-        self.over.set()
-        for each in self.threads:
-            each.join(60)
-
-    def ask(self):
-        number = 0
-        while not self.over.is_set():
-            text, port = list(PAIRS)[number % len(PAIRS)], self.service[number % len(self.service)]
-            number += 1
-            line = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-            try:
-                line.request("POST", "/translate", json.dumps({"text": text}), {"Content-Type": "application/json"})
-                reply = line.getresponse()
-                found = reply.status, json.loads(reply.read()).get("translation")
-            except (OSError, http.client.HTTPException, ValueError) as err:
-                found = 0, repr(err)
-                time.sleep(0.2)
-            finally:
-                line.close()
-            self.answers.append((time.monotonic(), port, text, *found))
-
-
 @pytest.fixture
 def config(tmp_path):
     content = yaml.safe_load((TEMPLATES / "serve_config.yaml").read_text())
@@ -133,44 +98,37 @@ def test_loss_of_a_worker_then_a_new_version_and_back(image, new_image, config):
             wait_for(port)
 
         # A node is lost: what Kubernetes sees by its readiness probe, the clients here see at once.
-        service = ports(first)
-        with Clients(service) as clients:
+        with Load(*ports(first)) as load:
             time.sleep(3)
-            lost = service[1]
+            lost = load.ports[1]
             pods.docker("kill", first.workers[lost])
-            service.pop()
+            load.ports = load.ports[:1]
             at = time.monotonic()
             time.sleep(10)
-        failed = [each for each in clients.answers if each[3] != 200]
-        elsewhere = [each for each in failed if each[1] != lost]
-        print(f"worker killed: {len(clients.answers)} requests, {len(failed)} lost, {len(elsewhere)} of them elsewhere")
-        right(clients, PAIRS)
-        assert len(failed) <= 4 and not [each for each in elsewhere if each[0] > at + 5]
+        failed = load.lost()
+        elsewhere = [each for each in failed if each.port != lost]
+        print(f"worker killed: {len(load.answers)} requests, {len(failed)} lost, {len(elsewhere)} of them elsewhere")
+        assert not load.wrong() and len(failed) <= 4 and not [each for each in elsewhere if each.end > at + 5]
 
         for version, expected in ((new_image, NEW_PAIRS), (image, PAIRS)):  # forward, and back
             old = clusters[-1]
-            with Clients(service) as clients:
+            with Load(*load.ports) as load:
                 clusters.append(Cluster(version, config, workers=2))
                 clusters[-1].deploy()
                 for port in ports(clusters[-1]):
                     wait_for(port)
                 at = time.monotonic()
-                service[:] = ports(clusters[-1])
+                load.ports = ports(clusters[-1])
                 time.sleep(3)
                 old.end()
                 time.sleep(2)
-            failed = [each for each in clients.answers if each[3] != 200]
-            print(f"to {version}: {len(clients.answers)} requests, {len(failed)} failed")
-            assert not failed
-            right(clients, PAIRS, NEW_PAIRS)
-            assert all(each[4] == expected[each[2]] for each in clients.answers if each[0] > at + 2)
+            print(f"to {version}: {len(load.answers)} requests, {len(load.lost())} failed")
+            assert not load.lost()
+            assert all(each.translation in (PAIRS[each.text], NEW_PAIRS[each.text]) for each in load.answers)
+            assert all(each.translation == expected[each.text] for each in load.answers if each.begin > at + 2)
     finally:
         for each in clusters:
             each.end()
-
-
-def right(clients, *known):
-    assert all(each[4] in [pairs[each[2]] for pairs in known] for each in clients.answers if each[3] == 200)
 
 
 def wait_for(port, seconds=60):

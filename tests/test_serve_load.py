@@ -17,6 +17,7 @@ import yaml
 TEMPLATES = Path(__file__).parents[1] / "templates"
 sys.path.insert(0, str(TEMPLATES))
 
+from load import Load  # noqa: E402
 from test_serve_hostile import sizes  # noqa: E402
 from test_template_ray_serve import PAIRS, Server, make_model  # noqa: E402
 
@@ -211,20 +212,12 @@ def running(server):
 
 def test_an_update_under_load_loses_no_request(server):
     """The new replica starts beside the old one, which ends when its last request is answered."""
-    old, answers, stop = replicas(server), [], threading.Event()
-
-    def client():
-        while not stop.is_set():
-            answers.append(server.ask(body={"text": "Thank you."}))
-
-    clients = [threading.Thread(target=client) for _ in range(3)]
-    for each in clients:
-        each.start()
+    old = replicas(server)
     config = yaml.safe_load((server.folder / "config.yaml").read_text())
     config["applications"][0]["args"]["max_queue"] = 7
     (server.folder / "new.yaml").write_text(yaml.safe_dump(config))
     job = in_background(server, body={"text": "wait 3"})
-    try:
+    with Load(server.port, clients=3) as load:
         subprocess.run([sys.executable, "-m", "ray.serve.scripts", "deploy", "new.yaml", "-a",
                         f"http://127.0.0.1:{server.dashboard}"], cwd=server.folder, env=server.environment, check=True,
                        timeout=60, capture_output=True)
@@ -233,12 +226,7 @@ def test_an_update_under_load_loses_no_request(server):
             time.sleep(0.2)
         while running(server) > 1 and time.monotonic() < end:
             time.sleep(0.2)
-    finally:
-        stop.set()
-        for each in clients:
-            each.join(60)
     assert job.result()[0] == 200
-    print(f"{len(answers)} requests during the update")
-    assert len(answers) > 20 and all(answer == (200, {"translation": "Merci."}) for answer in answers), set(
-        map(str, answers))
+    print(f"{len(load.answers)} requests during the update")
+    assert len(load.answers) > 20 and not load.lost() and not load.wrong()
     assert replicas(server) - old

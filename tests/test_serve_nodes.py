@@ -3,7 +3,6 @@
 import re
 import shutil
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import yaml
 TEMPLATES = Path(__file__).parents[1] / "templates"
 sys.path.insert(0, str(TEMPLATES))
 
+from load import Load  # noqa: E402
 from test_template_ray_serve import PAIRS, START, Server, make_model  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("ray")
@@ -62,48 +62,23 @@ def test_replicas_are_spread_and_all_take_part(server):
     assert len(found) == len(set(found.values())) == 3
     idle = {process: sum(process.cpu_times()[:2]) for process in found}
     while idle and time.monotonic() < end:
-        with_load(server, seconds=2)
+        with Load(server.port) as load:
+            time.sleep(2)
+        assert not load.wrong()
         idle = {process: used for process, used in idle.items() if sum(process.cpu_times()[:2]) < used + 0.05}
     assert not idle
-
-
-def with_load(server, seconds, meanwhile=lambda: None):
-    """[(when, status, right)] of 4 clients that ask all the time, and do something meanwhile."""
-    answers, stop = [], threading.Event()
-
-    def client(texts):
-        while not stop.is_set():
-            for text in texts:
-                status, answer = server.ask(body={"text": text}, timeout=20)
-                answers.append((time.monotonic(), status, answer == {"translation": PAIRS[text]}))
-
-    clients = [threading.Thread(target=client, args=[list(PAIRS)]) for _ in range(4)]
-    for each in clients:
-        each.start()
-    try:
-        time.sleep(1)
-        meanwhile()
-        time.sleep(seconds)
-    finally:
-        stop.set()
-        for each in clients:
-            each.join(60)
-    assert not [answer for answer in answers if answer[1] == 200 and not answer[2]]
-    return answers
 
 
 def test_a_lost_node_costs_no_more_than_what_it_was_working_on(server):
     head = {node(process) for process in server.processes("ProxyActor")}
     lost = next(raylet for raylet in replicas(server).values() if raylet not in head)
-    at = []
-
-    def kill():
-        at.append(time.monotonic())
+    with Load(server.port) as load:
+        time.sleep(1)
+        at = time.monotonic()
         for process in [lost, *lost.children(recursive=True)]:  # a machine takes all that runs on it along
             process.kill()
-
-    answers = with_load(server, 12, kill)
-    failed = [(round(when - at[0], 2), status) for when, status, right in answers if not right]
-    print(f"{len(answers)} requests, failed after (seconds, status): {failed}")
-    assert len(failed) <= 4 and all(status in (500, 503) for _, status in failed)  # 4 clients: 4 in flight
-    assert all(right for when, _, right in answers if when > at[0] + 5) and len(replicas(server)) == 2
+        time.sleep(12)
+    failed = [(round(each.end - at, 2), each.status) for each in load.lost()]
+    print(f"{len(load.answers)} requests, failed after (seconds, status): {failed}")
+    assert not load.wrong() and len(failed) <= 4 and all(status in (500, 503) for _, status in failed)  # one a client
+    assert all(when < 5 for when, _ in failed) and len(replicas(server)) == 2

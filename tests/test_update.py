@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_house import names
 from test_readme import ROOT, commands, shows
 
 SETS = {path.name: sorted(each.name for each in path.iterdir() if each.suffix != ".jinja")
@@ -42,11 +43,9 @@ def repository(folder):
 def release(tmp_path_factory):
     """This repository as it is now, its release tagged; a function makes the next one, by the page's own commands."""
     folder = tmp_path_factory.mktemp("templates")
-    files = run("git ls-files --cached --others --exclude-standard", ROOT).splitlines()
-    for name in files:
-        if (ROOT / name).exists() or (ROOT / name).is_symlink():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
+    for name in names():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
     repository(folder)
     run("git add --all; git commit --quiet --message first; git tag v0.1.0", folder)
     return folder

@@ -1,0 +1,44 @@
+"""`make faults` in a short form: what costs requests, and what may grow; the page has all of it."""
+
+import re
+import shutil
+
+import faults
+import pytest
+from test_readme import ROOT
+
+pytestmark = pytest.mark.xdist_group("ray")
+
+
+@pytest.fixture
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_a_killed_process_costs_no_more_than_the_page_says(folder):
+    names = ["replica killed", "proxy killed", "controller killed"]  # the others have tests of their own
+    rows = {name: figures for name, *figures in faults.serve_faults(folder, names, times=1, pause=2)}
+    print(rows)
+    assert list(rows) == names
+    for name, (times, flying, lost, with_retry, wrong, _) in rows.items():
+        assert (times, with_retry, wrong) == (1, 0, 0) and 0 < flying <= 8
+        assert lost <= {"replica killed": 4, "proxy killed": 10_000}.get(name, 0), name
+
+
+def test_nothing_grows(folder, monkeypatch):
+    monkeypatch.setattr(faults, "PAGE", folder / "page.md")
+    rows = {name: (int(early), int(late)) for name, _, early, late, _, wrong in faults.long_run(
+        folder, ["long run"], minutes=0.25) if not wrong}
+    assert len(rows) == 3 * len(faults.PARTS) + 1 and (folder / "page.svg").stat().st_size > 5000
+    more = {"memory in MB": 60, "open files": 12, "threads": 12, "logs in MB": 30}
+    assert all(late <= early + more[name.split(", ")[1]] for name, (early, late) in rows.items()), rows
+
+
+def test_page_has_a_row_for_each():
+    page = (ROOT / "docs/reliability.md").read_text("utf-8")
+    for name in faults.NAMES[:-1]:
+        assert f"| {name} |" in page
+    assert all((ROOT / "tests" / name).exists() or (ROOT / "templates" / name).exists()
+               for name in re.findall(r"`(test_\w+\.py)`", page))
