@@ -158,7 +158,7 @@ FOREIGN = {
     "COPY failed: ... model: file does not exist": "Docker",
     "Bind for 127.0.0.1:8000 failed: port is already allocated": "Docker",
     "The node with node id: ... has been marked dead": "Ray",
-    "Version mismatch: The cluster was started with: ...": "Ray",
+    "Version mismatch: The cluster was started with: ...": "Ray", "Failed to connect to GCS": "Ray",
 }
 
 
