@@ -21,7 +21,8 @@ def drain() -> None:
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient  # not earlier: it takes 100 MB
 
     client = ServeSubmissionClient(DASHBOARD)
-    client.deploy_applications({"applications": []})
+    if client.get_serve_details()["applications"]:
+        client.deploy_applications({"applications": []})
     while client.get_serve_details()["applications"]:
         time.sleep(0.1)
 
@@ -32,18 +33,21 @@ def main(command: list[str]) -> int:
     if subprocess.run([sys.executable, "check_serve_config.py", command[-1]]).returncode:
         return 1
     server = subprocess.Popen(command, start_new_session=True)  # so that Ctrl-C at a terminal reaches this process only
+    told: list[int] = []
 
     def stop(number: int, _: object) -> None:
+        told.append(number)
         signal.signal(number, signal.SIG_DFL)  # told twice, it ends at once
         try:
             drain()
         except Exception as err:  # it is not up yet, or no longer
-            print(f"stopping without a drain: {err}", file=sys.stderr)
+            print(f"stopping without a drain: {type(err).__name__}", file=sys.stderr)
         server.send_signal(signal.SIGINT)
 
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, stop)
-    return server.wait()
+    code = server.wait()
+    return 0 if told else code  # Ray, told to stop while it starts, may end in any way
 
 
 if __name__ == "__main__":
