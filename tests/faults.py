@@ -37,11 +37,13 @@ sys.path[:0] = [str(HERE), str(TEMPLATES)]
 from load import Load  # noqa: E402
 from remote import pods  # noqa: E402
 from test_serve_image import FILES, Container, build  # noqa: E402
-from test_serve_nodes import Cluster, node  # noqa: E402
+from test_serve_nodes import Cluster, lose_node  # noqa: E402
 from test_template_flow import FLOW, artifacts, clean_environment  # noqa: E402
 from test_template_ray_serve import PAIRS, Server, make_model  # noqa: E402
 
 PAGE = HERE.parent / "docs/reliability.md"
+
+
 def since(load, at):
     """(in flight at that time, lost by those who ask once, by those who try again, wrong, seconds to recover)."""
     lost = [each for each in load.lost() if each.end > at]
@@ -64,7 +66,7 @@ def make_app(folder, replicas=2, **more):
     return folder / "config.yaml"
 
 
-def deploy(server, config, wait=True):
+def deploy(server, config):
     """Ask the running server for another config, by the documented command; its exit code."""
     done = subprocess.run([sys.executable, TEMPLATES / "check_serve_config.py", config, "--deploy",
                            f"http://127.0.0.1:{server.dashboard}"], cwd=server.folder, env=server.environment,
@@ -117,14 +119,6 @@ def broken_model(server, number):
     assert deploy(server, server.folder / "config.yaml") == 0
 
 
-def lose_node(server, number):
-    """A machine with one of three replicas: its raylet and all that runs on it."""
-    head = {node(each) for each in server.processes("ProxyActor")}
-    lost = next(raylet for raylet in map(node, server.processes("ServeReplica")) if raylet not in head)
-    for each in [lost, *lost.children(recursive=True)]:
-        each.kill()
-
-
 SERVE = {
     "replica killed": kill("ServeReplica"),
     "proxy killed": kill("ProxyActor"),
@@ -172,15 +166,15 @@ def serve_faults(folder, names, times, pause=4):
                 yield row(name, results)
     if "node lost" in names:
         results = []
-        for number in range(times):
-            make_app(folder, replicas=3, max_replicas_per_node=1)
+        make_app(folder, replicas=3, max_replicas_per_node=1)
+        for _ in range(times):
             with Cluster(folder, "run", "config.yaml") as server:
                 server.wait()
                 settled(server, 3)
                 with Load(server.port, clients=8, again=True) as load:
                     time.sleep(1.5)
                     at = time.monotonic()
-                    lose_node(server, number)
+                    lose_node(server)
                     time.sleep(pause + 8)  # until Ray has seen it
                 results.append(since(load, at))
         yield row("node lost", results)
@@ -251,11 +245,11 @@ def container_faults(folder, names, times):
     pods.docker("image", "rm", "template_rayserve_image:faults")
 
 
-def flow(folder, *arguments, command="run", **options):
+def flow(folder, *arguments, command="run"):
     """The flow as a process of its own, in a session of its own."""
     return subprocess.Popen([sys.executable, str(FLOW), "--no-pylint", command, *arguments], cwd=folder, text=True,
                             env=clean_environment(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            start_new_session=True, **options)
+                            start_new_session=True)
 
 
 def model_of(folder):
@@ -265,8 +259,8 @@ def model_of(folder):
 EPOCHS = ("--epochs", "8")
 
 
-def resumed(folder, right, seconds):
-    """Resume what was broken off; (in flight, lost, wrong, seconds)."""
+def resumed(folder, right):
+    """Resume what was broken off; a tuple as `since` gives it."""
     begin = time.monotonic()
     again = flow(folder, command="resume")
     output = again.communicate(timeout=200)[0]
@@ -288,7 +282,7 @@ def kill_task(folder, right, seconds):
     running.communicate(timeout=200)
     if running.returncode == 0:  # it had finished
         return 1, 0, 0, int(model_of(folder) != right), 0.0
-    return resumed(folder, right, seconds)
+    return resumed(folder, right)
 
 
 def kill_flow(folder, right, seconds):
@@ -299,7 +293,7 @@ def kill_flow(folder, right, seconds):
         with contextlib.suppress(psutil.Error):
             each.kill()
     running.communicate(timeout=60)
-    return resumed(folder, right, seconds)
+    return resumed(folder, right)
 
 
 def two_at_once(folder, right, seconds):
@@ -321,7 +315,7 @@ def disk_full(folder, right, seconds):
         output = running.communicate(timeout=200)[0]
         assert running.returncode != 0 and "No space left on device" in output, output[-2000:]
         subprocess.run(["mount", "-o", "remount,size=200m", folder], check=True)
-        return resumed(folder, right, seconds)
+        return resumed(folder, right)
     finally:
         subprocess.run(["umount", folder], check=True)
 
@@ -494,21 +488,18 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("faults.py: told to end"))
     os.environ["OMP_NUM_THREADS"] = "1"
     folder = Path(tempfile.mkdtemp(prefix="faults.", dir="/tmp"))  # short: Ray puts sockets there
-    loads, faults, flat = [], [], []
+    tables = {name: [] for name in HEADS}
     try:
-        for each in arrivals(folder / "load", arguments.only, arguments.seconds):
-            print(*each, sep=", ", flush=True)
-            loads.append(each)
-        for part in (serve_faults, container_faults, train_faults):
-            for each in part(folder / part.__name__, arguments.only, arguments.times):
+        for table, part, how_much in (
+                ("load", arrivals, arguments.seconds), ("faults", serve_faults, arguments.times),
+                ("faults", container_faults, arguments.times), ("faults", train_faults, arguments.times),
+                ("long run", long_run, arguments.minutes)):
+            for each in part(folder / part.__name__, arguments.only, how_much):
                 print(*each, sep=", ", flush=True)
-                faults.append(each)
-        for each in long_run(folder / "long", arguments.only, arguments.minutes):
-            print(*each, sep=", ", flush=True)
-            flat.append(each)
+                tables[table].append(each)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    write({"load": loads, "faults": faults, "long run": flat})
+    write(tables)
 
 
 HEADS = {

@@ -100,7 +100,7 @@ def test_loss_of_a_worker_then_a_new_version_and_back(image, new_image, config):
         # A node is lost: what Kubernetes sees by its readiness probe, the clients here see at once.
         with Load(*ports(first)) as load:
             time.sleep(3)
-            lost = load.ports[1]
+            lost, killed = load.ports[1], time.monotonic()
             pods.docker("kill", first.workers[lost])
             load.ports = load.ports[:1]
             at = time.monotonic()
@@ -108,6 +108,8 @@ def test_loss_of_a_worker_then_a_new_version_and_back(image, new_image, config):
         failed = load.lost()
         elsewhere = [each for each in failed if each.port != lost]
         print(f"worker killed: {len(load.answers)} requests, {len(failed)} lost, {len(elsewhere)} of them elsewhere")
+        # Of those under way, one for each client; what begins while `docker kill` still runs is refused at once.
+        assert len([each for each in failed if each.begin < killed]) <= 4
         assert not load.wrong() and not [each for each in elsewhere if each.end > at + 5]
         assert not [each for each in failed if each.port == lost and each.begin > at]  # the clients know by then
 

@@ -216,7 +216,7 @@ def test_an_update_under_load_loses_no_request(server):
     config = yaml.safe_load((server.folder / "config.yaml").read_text())
     config["applications"][0]["args"]["max_queue"] = 7
     (server.folder / "new.yaml").write_text(yaml.safe_dump(config))
-    job = in_background(server, body={"text": "wait 2"})
+    job = in_background(server, body={"text": "wait 3"})
     with Load(server.port, clients=3) as load:
         subprocess.run([sys.executable, "-m", "ray.serve.scripts", "deploy", "new.yaml", "-a",
                         f"http://127.0.0.1:{server.dashboard}"], cwd=server.folder, env=server.environment, check=True,

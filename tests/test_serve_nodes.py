@@ -69,14 +69,19 @@ def test_replicas_are_spread_and_all_take_part(server):
     assert not idle
 
 
-def test_a_lost_node_costs_no_more_than_what_it_was_working_on(server):
+def lose_node(server):
+    """A machine with one of the replicas, and not with the proxy: its raylet and all that runs on it."""
     head = {node(process) for process in server.processes("ProxyActor")}
     lost = next(raylet for raylet in replicas(server).values() if raylet not in head)
+    for process in [lost, *lost.children(recursive=True)]:
+        process.kill()
+
+
+def test_a_lost_node_costs_no_more_than_what_it_was_working_on(server):
     with Load(server.port) as load:
         time.sleep(1)
         at = time.monotonic()
-        for process in [lost, *lost.children(recursive=True)]:  # a machine takes all that runs on it along
-            process.kill()
+        lose_node(server)
         time.sleep(12)
     failed = [(round(each.end - at, 2), each.status) for each in load.lost()]
     print(f"{len(load.answers)} requests, failed after (seconds, status): {failed}")
