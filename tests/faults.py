@@ -7,6 +7,7 @@ again as docs/serve.md says. Everything runs on this machine, on loopback, and e
 """
 
 import argparse
+import asyncio
 import collections
 import contextlib
 import os
@@ -20,14 +21,13 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
+import aiohttp
 import matplotlib
 import psutil
 import ray
-import urllib3
 import yaml
 
 HERE = Path(__file__).parent
@@ -37,7 +37,7 @@ sys.path[:0] = [str(HERE), str(TEMPLATES)]
 from load import Load  # noqa: E402
 from remote import pods  # noqa: E402
 from test_serve_image import FILES, Container, build  # noqa: E402
-from test_serve_nodes import Cluster, lose_node  # noqa: E402
+from test_serve_nodes import lose_node, three_nodes  # noqa: E402
 from test_template_flow import FLOW, artifacts, clean_environment  # noqa: E402
 from test_template_ray_serve import PAIRS, Server, make_model  # noqa: E402
 
@@ -168,8 +168,7 @@ def serve_faults(folder, names, times, pause=4):
         results = []
         make_app(folder, replicas=3, max_replicas_per_node=1)
         for _ in range(times):
-            with Cluster(folder, "run", "config.yaml") as server:
-                server.wait()
+            with three_nodes(folder) as server:
                 settled(server, 3)
                 with Load(server.port, clients=8, again=True) as load:
                     time.sleep(1.5)
@@ -450,24 +449,24 @@ RATES = {f"load of {percent} %": percent / 100 for percent in (50, 80, 100, 150)
 def arrive(server, rate, seconds):
     """(requests/s, requests, p50 ms, p99 ms, refused, lost, wrong)."""
     texts, found, chance = list(PAIRS), [], random.Random(0)
-    pool = urllib3.PoolManager(retries=False, timeout=30, maxsize=400, block=False)
+    address = f"http://127.0.0.1:{server.port}/translate"
 
-    def one(text):
-        begin = time.monotonic()
-        try:
-            reply = pool.request("POST", f"http://127.0.0.1:{server.port}/translate", json={"text": text})
-            right = reply.status == 200 and reply.json() == {"translation": PAIRS[text]}
-            found.append((time.monotonic() - begin, reply.status, right))
-        except (urllib3.exceptions.HTTPError, ValueError):
-            found.append((time.monotonic() - begin, 0, False))
+    async def one(session, text, at):
+        status, right = 0, False
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError, ValueError):
+            async with session.post(address, json={"text": text}) as reply:
+                status, right = reply.status, await reply.json() == {"translation": PAIRS[text]}
+        found.append((time.monotonic() - at, status, right))  # from when it was due, however late it was sent
 
-    with ThreadPoolExecutor(400) as threads:
-        end = time.monotonic() + seconds
-        at = time.monotonic()
-        while at < end:
-            at += chance.expovariate(rate)
-            time.sleep(max(0, at - time.monotonic()))
-            threads.submit(one, random.choice(texts))
+    async def all_of_them():
+        limits = {"connector": aiohttp.TCPConnector(limit=1000), "timeout": aiohttp.ClientTimeout(60)}
+        async with aiohttp.ClientSession(**limits) as session, asyncio.TaskGroup() as tasks:
+            at = begin = time.monotonic()
+            while (at := at + chance.expovariate(rate)) < begin + seconds:
+                await asyncio.sleep(max(0, at - time.monotonic()))
+                tasks.create_task(one(session, random.choice(texts), at))
+
+    asyncio.run(all_of_them())
     times = sorted(took for took, status, _ in found if status == 200)
     statuses = collections.Counter(status for _, status, _ in found)
     p50, p99 = (f"{1000 * times[int(len(times) * part)]:.0f}" for part in (0.5, 0.99))

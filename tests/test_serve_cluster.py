@@ -50,11 +50,15 @@ class Cluster:
         return self.ids[-1]
 
     def deploy(self):
-        """The documented deploy command, in the head."""
-        done = pods.docker("exec", self.head, "python", "check_serve_config.py", "new.yaml", "--deploy",
-                           "http://127.0.0.1:8265", seconds=200)
-        assert done.returncode == 0, done.stdout
-        return self
+        """The documented deploy command, in the head, as soon as its dashboard listens."""
+        end = time.monotonic() + 100
+        while True:
+            done = pods.docker("exec", self.head, "python", "check_serve_config.py", "new.yaml", "--deploy",
+                               "http://127.0.0.1:8265", seconds=200)
+            if "Failed to connect to Ray" not in done.stdout or time.monotonic() > end:
+                assert done.returncode == 0, done.stdout
+                return self
+            time.sleep(1)
 
     def end(self):
         if self.ids:

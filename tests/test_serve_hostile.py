@@ -173,6 +173,57 @@ def test_raw_bytes_instead_of_http(server):
     serves(server)
 
 
+HIDDEN = b"GET /translate/health HTTP/1.1\r\nHost: a\r\n\r\n"  # in what is the body for whoever reads it in another way
+CHUNKED, FIVE = b"0\r\n\r\n" + HIDDEN, b"Content-Length: 5\r\n"
+WHOLE = b"Content-Length: %d\r\n" % len(CHUNKED)
+SMUGGLED = {
+    "both lengths, short": (FIVE + b"Transfer-Encoding: chunked\r\n", CHUNKED),
+    "both lengths, long": (b"Transfer-Encoding: chunked\r\n" + WHOLE, CHUNKED),
+    "two lengths": (FIVE + WHOLE, CHUNKED),
+    "unknown encoding": (b"Transfer-Encoding: xchunked\r\n" + WHOLE, CHUNKED),
+    "space before the colon": (b"Transfer-Encoding : chunked\r\n" + WHOLE, CHUNKED),
+    "folded line": (b"Transfer-Encoding:\r\n chunked\r\n" + WHOLE, CHUNKED),
+    "encoding twice": (b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n" + WHOLE, CHUNKED),
+    "line end in a chunk's extension": (b"Transfer-Encoding: chunked\r\n", b"0;a\nb\r\n\r\n" + HIDDEN),
+    "sign before the length": (b"Content-Length: +5\r\n", CHUNKED),
+    "a body that is a request": (b"Content-Length: %d\r\n" % len(HIDDEN), HIDDEN),
+}
+
+
+@pytest.mark.parametrize("case", SMUGGLED)
+def test_no_request_is_smuggled_in_another(server, case):
+    """However a proxy before it reads these, the server never answers what is hidden in the body."""
+    headers, body = SMUGGLED[case]
+    with socket.create_connection(("127.0.0.1", server.port), timeout=1) as line:
+        line.sendall(b"POST /translate HTTP/1.1\r\nHost: a\r\n" + headers + b"\r\n" + body)
+        answer = b""
+        try:
+            while part := line.recv(65536):
+                answer += part
+        except (TimeoutError, ConnectionResetError):
+            pass  # it waits for the next request
+    assert answer.count(b"HTTP/1.1 ") == 1 and answer[9:12] in (b"400", b"422") and b'"ok"' not in answer, answer
+
+
+def test_a_path_reaches_no_file_and_nobody_begins_a_line_of_the_log(server):
+    for path in ("/translate/../../../etc/passwd", "/..%2f..%2f..%2fetc/passwd", "//etc/passwd",
+                 "/translate/%2e%2e/%2e%2e/x", "/nowhere%0aINFO%20forged",
+                 "/translate/x%0d%0aINFO%20forged", "/translate?a=%0d%0aINFO%20forged"):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as line:
+            line.sendall(f"GET {path} HTTP/1.1\r\nHost: a\r\nX-Request-ID: forged\tby-a-client\r\n"
+                         "Connection: close\r\n\r\n".encode())
+            answer = b"".join(iter(lambda line=line: line.recv(65536), b""))
+        assert re.match(rb"HTTP/1.1 (404|200) ", answer) and b"root:" not in answer, answer
+    end = time.monotonic() + 10
+    while "forged" not in server.log.read_text("utf-8") and time.monotonic() < end:
+        time.sleep(0.2)
+    logs = [server.log, *Path(server.scratch).glob("session_2*/logs/**/*")]
+    lines = [line for path in logs if path.is_file() for line in path.read_text("utf-8", "replace").splitlines()]
+    named = [line for line in lines if "forged" in line]
+    assert named and all("forged\tby-a-client" in line or "forged\\tby-a-client" in line for line in named), named
+    assert not [line for line in named if line.startswith(("INFO forged", "forged"))]
+
+
 def test_a_request_id_that_is_no_text_stops_nothing(server):
     """Ray's proxy decodes this header itself, before the app sees the request, and answers 500 (Ray 2.60)."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as line:
