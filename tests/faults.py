@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import logging
 import os
 import platform
 import random
@@ -23,12 +24,16 @@ import threading
 import time
 from datetime import date
 from pathlib import Path
+from unittest.mock import patch
 
 import aiohttp
+import boto3
 import matplotlib
 import psutil
 import ray
 import yaml
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from werkzeug.serving import make_server
 
 HERE = Path(__file__).parent
 TEMPLATES = HERE.parent / "templates"
@@ -36,10 +41,14 @@ sys.path[:0] = [str(HERE), str(TEMPLATES)]
 
 from load import Load  # noqa: E402
 from remote import pods  # noqa: E402
+from test_remote import KEYS  # noqa: E402
 from test_serve_image import FILES, Container, build  # noqa: E402
+from test_serve_cluster import Cluster as ContainerCluster  # noqa: E402
+from test_serve_cluster import wait_for  # noqa: E402
 from test_serve_nodes import lose_node, three_nodes  # noqa: E402
 from test_template_flow import FLOW, artifacts, clean_environment  # noqa: E402
 from test_template_ray_serve import PAIRS, Server, make_model  # noqa: E402
+from wandb_stand_in import StandIn  # noqa: E402
 
 PAGE = HERE.parent / "docs/reliability.md"
 
@@ -119,6 +128,19 @@ def broken_model(server, number):
     assert deploy(server, server.folder / "config.yaml") == 0
 
 
+def slow_disk(server, number):
+    """For three seconds, each write of the replica and the proxy to a log takes 50 ms longer."""
+    logs = [path for path in Path(server.scratch).glob("session_2*/logs/**/*") if path.suffix in (".log", ".err")]
+    pids = [each.pid for part in ("ServeReplica", "ProxyActor") for each in server.processes(part)]
+    tracer = subprocess.Popen(
+        ["strace", "-f", "-o", server.folder / "writes", *[f"-p{pid}" for pid in pids], *[f"-P{path}" for path in logs],
+         "-e", "trace=write", "-e", "inject=write:delay_enter=50000"], stderr=subprocess.DEVNULL)
+    time.sleep(3)
+    tracer.send_signal(signal.SIGINT)
+    tracer.wait(10)
+    assert "DELAYED" in (server.folder / "writes").read_text()
+
+
 SERVE = {
     "replica killed": kill("ServeReplica"),
     "proxy killed": kill("ProxyActor"),
@@ -126,6 +148,7 @@ SERVE = {
     "200 clients leave at once": leave_at_once,
     "new config deployed": redeploy,
     "broken model deployed": broken_model,
+    "slow disk": slow_disk,
 }
 
 
@@ -193,6 +216,7 @@ def killed(container, load):
     pods.docker("start", container.id)
 
 
+IMAGE = "template_rayserve_image:faults"
 # What somebody's model might do, at its mark in the app.
 GREEDY = """
         if Path("/tmp/greedy").exists():
@@ -216,21 +240,25 @@ CONTAINER = {"container told to stop": told_to_stop, "container killed, started 
              "out of memory": out_of_memory}
 
 
+def make_image(folder):
+    make_app(folder)
+    for name in FILES:
+        shutil.copy(TEMPLATES / name, folder)
+    build(folder, IMAGE)
+
+
 def container_faults(folder, names, times):
     """The image, with one replica: what stands still while it starts again is lost to those who ask once."""
     if not (wanted := [name for name in CONTAINER if name in names]):
         return
-    make_app(folder)
-    for name in FILES:
-        shutil.copy(TEMPLATES / name, folder)
-    build(folder, "template_rayserve_image:faults")
+    make_image(folder)
     app = (folder / "template_ray_serve.py").read_text()
     mark = re.search(r"\n        # YOUR CODE: .*", app).end()
     (folder / "greedy.py").write_text(app[:mark] + GREEDY.rstrip() + app[mark:])
     mount = f"--mount=type=bind,source={folder / 'greedy.py'},target=/serve_app/template_ray_serve.py"
     for name in wanted:
         results, options = [], [mount] if name == "out of memory" else []
-        with Container("--memory=3g", "--memory-swap=3g", *options, image="template_rayserve_image:faults") as running:
+        with Container("--memory=3g", "--memory-swap=3g", *options, image=IMAGE) as running:
             running.wait()
             for _ in range(times):
                 with Load(running.port, clients=8, again=True) as load:
@@ -241,13 +269,48 @@ def container_faults(folder, names, times):
                     time.sleep(2)
                 results.append(since(load, at))
         yield row(name, results)
-    pods.docker("image", "rm", "template_rayserve_image:faults")
+    pods.docker("image", "rm", IMAGE)
 
 
-def flow(folder, *arguments, command="run"):
+def head_lost(folder, names, times):
+    """The head of a cluster of containers is killed; another cluster takes over, as KubeRay has it."""
+    if HEAD_LOST not in names:
+        return
+    make_image(folder)
+    config, results = make_app(folder, replicas=2), []
+    for _ in range(times):
+        old = new = None
+        try:
+            old = ContainerCluster(IMAGE, config, workers=2).deploy()
+            for port in old.workers:
+                wait_for(port)
+            with Load(*old.workers, clients=8, again=True) as load:
+                time.sleep(2)
+                at = time.monotonic()
+                pods.docker("kill", old.head)
+                new = ContainerCluster(IMAGE, config, workers=2).deploy()
+                for port in new.workers:
+                    wait_for(port)
+                load.ports = list(new.workers)
+                time.sleep(3)
+                old.end()
+                time.sleep(2)
+            results.append(since(load, at))
+        finally:
+            for each in (old, new):
+                if each:
+                    each.end()
+    pods.docker("image", "rm", IMAGE)
+    yield row(HEAD_LOST, results)
+
+
+HEAD_LOST = "head of a cluster killed"
+
+
+def flow(folder, *arguments, command="run", before=()):
     """The flow as a process of its own, in a session of its own."""
-    return subprocess.Popen([sys.executable, str(FLOW), "--no-pylint", command, *arguments], cwd=folder, text=True,
-                            env=clean_environment(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    return subprocess.Popen([sys.executable, str(FLOW), "--no-pylint", *before, command, *arguments], cwd=folder,
+                            text=True, env=clean_environment(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             start_new_session=True)
 
 
@@ -258,13 +321,13 @@ def model_of(folder):
 EPOCHS = ("--epochs", "8")
 
 
-def resumed(folder, right):
+def resumed(folder, right, before=()):
     """Resume what was broken off; a tuple as `since` gives it."""
     begin = time.monotonic()
-    again = flow(folder, command="resume")
+    again = flow(folder, command="resume", before=before)
     output = again.communicate(timeout=200)[0]
     if again.returncode:  # killed before there was anything to resume
-        again = flow(folder, *EPOCHS)
+        again = flow(folder, *EPOCHS, before=before)
         output = again.communicate(timeout=200)[0]
     assert again.returncode == 0, output
     return 1, 0, 0, int(model_of(folder) != right), time.monotonic() - begin
@@ -336,8 +399,85 @@ def export_interrupted(folder, right, seconds):
     return 1, 0, 0, int(wrong), time.monotonic() - begin
 
 
-TRAIN = {"training killed, then resume": kill_task, "flow killed, then resume": kill_flow,
-         "disk full, then resume": disk_full, "two runs at once": two_at_once, "export killed": export_interrupted}
+def export_during_a_run(folder, right, seconds):
+    """An export while another run is under way: the model of the one that is done, whole."""
+    if not (folder / "model").exists():
+        assert flow(folder, *EPOCHS).wait(200) == 0
+    shutil.copy(TEMPLATES / "export_model.py", folder)
+    begin, running = time.monotonic(), flow(folder, *EPOCHS, "--seed", "2")
+    time.sleep(random.uniform(1, seconds))
+    export = subprocess.run([sys.executable, "export_model.py", "--replace"], cwd=folder, env=clean_environment(folder),
+                            capture_output=True, timeout=100)
+    done = running.poll() is not None  # then the newest run may be that one
+    running.communicate(timeout=200)
+    found = (folder / "model/model.safetensors").read_bytes()
+    lost = int(export.returncode != 0 or running.returncode != 0)
+    right_ones = [right, model_of(folder)] if done else [right]
+    result = 2, lost, lost, int(found not in right_ones), time.monotonic() - begin
+    assert flow(folder, *EPOCHS).wait(200) == 0  # the newest is the right one again
+    return result
+
+
+class BadS3:
+    """S3 by moto, of whose answers one in ten is an error, as S3 gives them when it is too busy."""
+    def __init__(self, app):
+        self.app, self.failed = app, 0
+
+    def __call__(self, environ, start):
+        if random.random() > 0.1:
+            return self.app(environ, start)
+        self.failed += 1
+        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))  # else the connection breaks
+        status, code = random.choice([("503 Slow Down", b"SlowDown"), ("500 Internal Server Error", b"InternalError")])
+        start(status, [("Content-Type", "application/xml")])
+        return [b"<Error><Code>%b</Code><Message>Try again.</Message></Error>" % code]
+
+
+def s3_errors(folder, right, seconds):
+    """A run whose artifacts go to S3, where one answer in ten is an error."""
+    logging.getLogger("werkzeug").setLevel("ERROR")
+    bad = BadS3(DomainDispatcherApplication(create_backend_app))
+    server = make_server("127.0.0.1", 0, bad, threaded=True, request_handler=MotoRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    settings = {"METAFLOW_S3_ENDPOINT_URL": url, "METAFLOW_DATASTORE_SYSROOT_S3": "s3://flows/metaflow",
+                "PYTHONPATH": str(HERE / "remote/extension"), "STAND_IN_CLUSTER": "http://127.0.0.1:9", **KEYS}
+    try:
+        with patch.dict(os.environ, settings):
+            boto3.client("s3", endpoint_url=url).create_bucket(Bucket="flows")
+            begin, to_s3 = time.monotonic(), ("--datastore", "s3")
+            running = flow(folder, *EPOCHS, before=to_s3)
+            running.communicate(timeout=300)
+            if running.returncode:
+                return resumed(folder, right, to_s3)
+            assert bad.failed
+            return 1, 0, 0, int(model_of(folder) != right), time.monotonic() - begin
+    finally:
+        server.shutdown()
+
+
+def wandb_dies(folder, right, seconds):
+    """The W&B server ends, or answers nothing any more, as soon as the run has begun: the training goes on."""
+    begin = time.monotonic()
+    with StandIn(random.choice(["dies", "freezes"])) as server, patch.dict(os.environ, {
+            "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "k3" * 43, "WANDB_PROJECT": "project"}):
+        running = flow(folder, *EPOCHS, "--offline", "False")
+        output = running.communicate(timeout=300)[0]
+        assert server.runs, output
+    lost = int(running.returncode != 0)
+    return 1, lost, lost, int(model_of(folder) != right), time.monotonic() - begin
+
+
+TRAIN = {
+    "training killed, then resume": kill_task,
+    "flow killed, then resume": kill_flow,
+    "disk full, then resume": disk_full,
+    "S3 errors": s3_errors,
+    "W&B dies": wandb_dies,
+    "two runs at once": two_at_once,
+    "export killed": export_interrupted,
+    "export during a run": export_during_a_run,
+}
 
 
 def train_faults(folder, names, times):
@@ -353,7 +493,8 @@ def train_faults(folder, names, times):
     for name in wanted:
         results = []
         for number in range(times):
-            place = folder / "export" if name == "export killed" else folder / f"{list(TRAIN).index(name)}-{number}"
+            # An export takes the model of a run before it.
+            place = folder / (name if "export" in name else f"{list(TRAIN).index(name)}-{number}")
             place.mkdir(exist_ok=True)
             results.append(TRAIN[name](place, right, seconds))
         yield row(name, results)
@@ -474,7 +615,7 @@ def arrive(server, rate, seconds):
     return f"{rate:.0f}", len(found), p50, p99, statuses[503], len(found) - statuses[200] - statuses[503], wrong
 
 
-NAMES = [*RATES, *SERVE, "node lost", *CONTAINER, *TRAIN, "long run"]
+NAMES = [*RATES, *SERVE, "node lost", *CONTAINER, HEAD_LOST, *TRAIN, "long run"]
 
 
 def main():
@@ -491,7 +632,8 @@ def main():
     try:
         for table, part, how_much in (
                 ("load", arrivals, arguments.seconds), ("faults", serve_faults, arguments.times),
-                ("faults", container_faults, arguments.times), ("faults", train_faults, arguments.times),
+                ("faults", container_faults, arguments.times), ("faults", head_lost, arguments.times),
+                ("faults", train_faults, arguments.times),
                 ("long run", long_run, arguments.minutes)):
             for each in part(folder / part.__name__, arguments.only, how_much):
                 print(*each, sep=", ", flush=True)

@@ -150,7 +150,7 @@ def test_far_more_requests_than_it_can_do_are_all_answered_by_the_app_itself(ser
     by_app = sum(b"\r\nretry-after: 1\r\n" in answer and b'"message":"Too many' in answer for answer in refused)
     print(f"{len(answers)} at once, {len(refused)} of them refused, {by_app} by the app")
     assert sum(answer.startswith(b"HTTP/1.1 200 ") for answer in answers) + len(refused) == 800 > len(refused) > 700
-    assert by_app > len(refused) - 100  # a few may find the router busy where the machine is
+    assert by_app > len(refused) - 20  # the router may be busy for a moment
     assert job.result()[0] == 200
     serves(server)
 
