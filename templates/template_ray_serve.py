@@ -153,11 +153,6 @@ class Batcher:
         self.waiting = {one: tokens for one, tokens in self.waiting.items() if not one.done()}
         return self.waiting
 
-    def refuse_if_full(self) -> None:
-        """HTTPException 503 if max_queue sentences wait."""
-        if len(self.alive()) >= self.model.settings.max_queue:
-            raise HTTPException(503, "Too many sentences are waiting; try again soon.", {"Retry-After": "1"})
-
     def take(self) -> dict[asyncio.Future, list[int]]:
         """The sentence that waits longest and those nearest in length: little padding, and none starves."""
         waiting = self.alive()
@@ -249,9 +244,11 @@ async def read(request: Request, limit: int) -> Question:
         raise HTTPException(422, 'Send {"text": "..."} or {"text": ["...", up to 1000]}, nothing else.') from None
 
 
-# The app refuses, in its own words, long before Ray's router waits for a free place and passes on but a few a second.
-@serve.deployment(max_ongoing_requests=1000, max_queued_requests=256, ray_actor_options={"num_cpus": 1},
-                  max_constructor_retry_count=1)  # no second try of a bad model
+# More ongoing requests than max_queue: it is this app that refuses, in its own words. Where even those are too many,
+# Ray's own backoff would pass on but a few a second. No second try of a bad model.
+@serve.deployment(max_ongoing_requests=320, max_queued_requests=256, max_constructor_retry_count=1,
+                  request_router_config={"initial_backoff_s": 0.002, "max_backoff_s": 0.01},
+                  ray_actor_options={"num_cpus": 1})
 @serve.ingress(api)
 class Translator:
     """Answers over HTTP; one replica holds one model."""
@@ -278,11 +275,10 @@ class Translator:
             question = await asyncio.wait_for(read(request, self.settings.max_body_bytes), self.settings.body_timeout_s)
         except TimeoutError:
             raise HTTPException(408, f"No whole body within {self.settings.body_timeout_s:g} s.", CLOSE) from None
-        self.batcher.refuse_if_full()  # before any work
         texts = [question.text] if isinstance(question.text, str) else question.text
         plans, sentences = await asyncio.to_thread(self.model.plan, texts)  # a long text must not hold up the others
-        if sentences:
-            self.batcher.refuse_if_full()  # others came meanwhile
+        if sentences and len(self.batcher.alive()) >= self.settings.max_queue:
+            raise HTTPException(503, "Too many sentences are waiting; try again soon.", {"Retry-After": "1"})
         try:
             # A timeout, or a client that leaves, cancels what still waits for the model.
             done = await asyncio.wait_for(asyncio.gather(*map(self.batcher.put, sentences)), self.settings.timeout_s)

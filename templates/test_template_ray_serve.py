@@ -467,5 +467,5 @@ def test_config_has_nothing_blank_and_fits_the_app(config):
     assert application["route_prefix"] == "/translate" and len(application["name"]) <= 40
     (deployment,) = application["deployments"]
     settings = app.Settings.model_validate(application["args"], strict=True)
-    assert deployment["max_ongoing_requests"] >= 3 * settings.max_queue, "the app has to refuse before Ray"
+    assert deployment["max_ongoing_requests"] >= settings.max_queue + 2 * settings.max_batch_size
     assert config["http_options"]["request_timeout_s"] >= settings.timeout_s + settings.body_timeout_s

@@ -69,3 +69,10 @@ def test_a_new_run_takes_nothing_from_an_older_one(tmp_path, unbroken):
         code, output = run(tmp_path, *TRAINING[1:])
         assert code == 0 and min(epochs(output)) < 1, output
     assert artifacts(tmp_path, "train")["model"]["model.safetensors"] == unbroken["model"]["model.safetensors"]
+
+
+def test_errors_of_s3_change_nothing(tmp_path, unbroken):
+    from faults import s3_errors  # not earlier: it needs test_remote.py, which needs this file
+
+    _, _, _, wrong, seconds = s3_errors(tmp_path, unbroken["model"]["model.safetensors"], 0)
+    assert wrong == 0, seconds

@@ -1,6 +1,7 @@
-"""What listens in the server's container, and that nobody without the token gets further than a translation."""
+"""What listens in the server's container; that nobody without the token gets further than a translation."""
 
 import json
+import secrets
 
 import pytest
 from remote import pods
@@ -54,7 +55,8 @@ def other(image, *options, code, arguments):  # noqa: F811
 
 
 def test_no_port_lets_another_container_run_anything(image):  # noqa: F811
-    with Container() as running:
+    token = secrets.token_hex(20)
+    with Container(f"--env=RAY_AUTH_TOKEN={token}") as running:
         running.wait()
         ports, gcs = json.loads(running.inside("python", "-c", LISTENING).stdout)
         reachable = sorted(int(port) for port, outside in ports.items() if outside)
@@ -71,3 +73,6 @@ def test_no_port_lets_another_container_run_anything(image):  # noqa: F811
         assert "connected" not in said and "refused" in said, said
         assert "owned" not in running.inside("ls", "/tmp").stdout
         assert running.ask() == (200, {"translation": PAIRS["Hello world!"]})
+        assert token not in running.logs()
+        found = running.inside("grep", "--recursive", "--files-with-matches", token, "/tmp", "/serve_app")
+        assert (found.returncode, found.stdout) == (1, "")  # not in what Ray has written
