@@ -447,6 +447,8 @@ def test_config_is_what_serve_build_writes_but_for_its_commented_changes(config,
         "logging_config.encoding", "logging_config.logs_dir", "logging_config.additional_log_standard_attrs",
         "http_options.request_timeout_s", "applications.0.name", "applications.0.route_prefix",
         "applications.0.import_path", "applications.0.args.max_batch_size",
+        *(deployment + "request_router_config." + key for key in (
+            "request_router_class", "initial_backoff_s", "max_backoff_s")),  # as the app has them
         deployment + "backpressure_config.retry_after_s", deployment + "max_surge_percent",
         deployment + "autoscaling_config.min_replicas", deployment + "autoscaling_config.max_replicas",
         deployment + "autoscaling_config.target_ongoing_requests", deployment + "graceful_shutdown_timeout_s"}
