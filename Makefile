@@ -85,7 +85,7 @@ bench: setup $(PEERS) ## measure the server against its peers, an hour; make ben
 	@$(BIN)/python bench/bench.py $(BENCH)
 	$(BIN)/python bench/scale.py
 
-faults: setup ## break things under load, count what is lost, two hours; make faults FAULTS="--times 3 --seconds 60"
+faults: setup ## break things under load, count what is lost, three hours; make faults FAULTS="--times 3 --seconds 60"
 	@$(BIN)/python tests/faults.py $(FAULTS)
 
 lint: setup ## ruff and mypy
