@@ -45,10 +45,11 @@ from remote import pods  # noqa: E402
 from test_remote import KEYS  # noqa: E402
 from test_serve_image import FILES, Container, build  # noqa: E402
 from test_serve_cluster import Cluster as ContainerCluster  # noqa: E402
-from test_serve_cluster import wait_for  # noqa: E402
-from test_serve_nodes import lose_node, three_nodes  # noqa: E402
+from test_serve_hostile import log_files  # noqa: E402
+from test_serve_nodes import lose_node, make_app, three_nodes  # noqa: E402
+from test_tracking import KEY  # noqa: E402
 from test_template_flow import FLOW, artifacts, clean_environment  # noqa: E402
-from test_template_ray_serve import PAIRS, Server, make_model  # noqa: E402
+from test_template_ray_serve import PAIRS, Server  # noqa: E402
 from wandb_stand_in import StandIn  # noqa: E402
 
 PAGE = HERE.parent / "docs/reliability.md"
@@ -62,18 +63,14 @@ def since(load, at):
             max([each.end - at for each in lost], default=0.0))
 
 
-def make_app(folder, replicas=2, **more):
-    """The server's files, with the config in use and a model that knows the pairs; the path of the config."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(TEMPLATES / "template_ray_serve.py", folder)
-    if not (folder / "model").exists():
-        make_model(folder / "model", PAIRS)
-    config = yaml.safe_load((TEMPLATES / "serve_config.yaml").read_text())
-    deployment = config["applications"][0]["deployments"][0]
-    del deployment["autoscaling_config"]
-    deployment.update({"num_replicas": replicas, **more})
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    return folder / "config.yaml"
+@contextlib.contextmanager
+def under_load(results, warm, *ports):
+    """Eight clients, four of which try again; what `since` says of the time after `warm` seconds joins the results."""
+    with Load(*ports, clients=8, again=True) as load:
+        time.sleep(warm)
+        at = time.monotonic()
+        yield load
+    results.append(since(load, at))
 
 
 def deploy(server, config):
@@ -131,7 +128,7 @@ def broken_model(server, number):
 
 def slow_disk(server, number):
     """For three seconds, each write of the replica and the proxy to a log takes 50 ms longer."""
-    logs = [path for path in Path(server.scratch).glob("session_2*/logs/**/*") if path.suffix in (".log", ".err")]
+    logs = [path for path in log_files(server) if path.suffix in (".log", ".err")]
     pids = [each.pid for part in ("ServeReplica", "ProxyActor") for each in server.processes(part)]
     tracer = subprocess.Popen(
         ["strace", "-f", "-o", server.folder / "writes", *[f"-p{pid}" for pid in pids], *[f"-P{path}" for path in logs],
@@ -180,13 +177,10 @@ def serve_faults(folder, names, times, pause=4):
             for name in wanted:
                 results = []
                 for number in range(times):
-                    with Load(server.port, clients=8, again=True) as load:
-                        time.sleep(1.5)
-                        at = time.monotonic()
+                    with under_load(results, 1.5, server.port):
                         SERVE[name](server, number)
                         time.sleep(pause)
                         settled(server, 2)
-                    results.append(since(load, at))
                 yield row(name, results)
     if "node lost" in names:
         results = []
@@ -194,12 +188,9 @@ def serve_faults(folder, names, times, pause=4):
         for _ in range(times):
             with three_nodes(folder) as server:
                 settled(server, 3)
-                with Load(server.port, clients=8, again=True) as load:
-                    time.sleep(1.5)
-                    at = time.monotonic()
+                with under_load(results, 1.5, server.port):
                     lose_node(server)
                     time.sleep(pause + 8)  # until Ray has seen it
-                results.append(since(load, at))
         yield row("node lost", results)
 
 
@@ -241,18 +232,18 @@ CONTAINER = {"container told to stop": told_to_stop, "container killed, started 
              "out of memory": out_of_memory}
 
 
-def make_image(folder):
-    make_app(folder)
-    for name in FILES:
-        shutil.copy(TEMPLATES / name, folder)
-    build(folder, IMAGE)
+HEAD_LOST = "head of a cluster killed"
 
 
 def container_faults(folder, names, times):
     """The image, with one replica: what stands still while it starts again is lost to those who ask once."""
-    if not (wanted := [name for name in CONTAINER if name in names]):
+    wanted = [name for name in CONTAINER if name in names]
+    if not wanted and HEAD_LOST not in names:
         return
-    make_image(folder)
+    config = make_app(folder)
+    for name in FILES:
+        shutil.copy(TEMPLATES / name, folder)
+    build(folder, IMAGE)
     app = (folder / "template_ray_serve.py").read_text()
     mark = re.search(r"\n        # YOUR CODE: .*", app).end()
     (folder / "greedy.py").write_text(app[:mark] + GREEDY.rstrip() + app[mark:])
@@ -262,50 +253,35 @@ def container_faults(folder, names, times):
         with Container("--memory=3g", "--memory-swap=3g", *options, image=IMAGE) as running:
             running.wait()
             for _ in range(times):
-                with Load(running.port, clients=8, again=True) as load:
-                    time.sleep(2)
-                    at = time.monotonic()
+                with under_load(results, 2, running.port) as load:
                     CONTAINER[name](running, load)
                     running.wait()
                     time.sleep(2)
-                results.append(since(load, at))
         yield row(name, results)
+    if HEAD_LOST in names:
+        results = []
+        for _ in range(times):
+            head_lost(config, results)
+        yield row(HEAD_LOST, results)
     pods.docker("image", "rm", IMAGE)
 
 
-def head_lost(folder, names, times):
+def head_lost(config, results):
     """The head of a cluster of containers is killed; another cluster takes over, as KubeRay has it."""
-    if HEAD_LOST not in names:
-        return
-    make_image(folder)
-    config, results = make_app(folder, replicas=2), []
-    for _ in range(times):
-        old = new = None
-        try:
-            old = ContainerCluster(IMAGE, config, workers=2).deploy()
-            for port in old.workers:
-                wait_for(port)
-            with Load(*old.workers, clients=8, again=True) as load:
-                time.sleep(2)
-                at = time.monotonic()
-                pods.docker("kill", old.head)
-                new = ContainerCluster(IMAGE, config, workers=2).deploy()
-                for port in new.workers:
-                    wait_for(port)
-                load.ports = list(new.workers)
-                time.sleep(3)
-                old.end()
-                time.sleep(2)
-            results.append(since(load, at))
-        finally:
-            for each in (old, new):
-                if each:
-                    each.end()
-    pods.docker("image", "rm", IMAGE)
-    yield row(HEAD_LOST, results)
-
-
-HEAD_LOST = "head of a cluster killed"
+    clusters = []
+    try:
+        clusters.append(ContainerCluster(IMAGE, config, workers=2))
+        clusters[0].deploy()
+        with under_load(results, 2, *clusters[0].workers) as load:
+            pods.docker("kill", clusters[0].head)
+            clusters.append(ContainerCluster(IMAGE, config, workers=2))
+            load.ports = list(clusters[1].deploy().workers)
+            time.sleep(3)
+            clusters[0].end()
+            time.sleep(2)
+    finally:
+        for each in clusters:
+            each.end()
 
 
 def flow(folder, *arguments, command="run", before=()):
@@ -322,6 +298,11 @@ def model_of(folder):
 EPOCHS = ("--epochs", "8")
 
 
+def outcome(folder, right, begin, runs=1, lost=0):
+    """A tuple as `since` gives it, of runs that began then; wrong is a model other than the right one."""
+    return runs, lost, lost, int(model_of(folder) != right), time.monotonic() - begin
+
+
 def resumed(folder, right, before=()):
     """Resume what was broken off; a tuple as `since` gives it."""
     begin = time.monotonic()
@@ -331,7 +312,7 @@ def resumed(folder, right, before=()):
         again = flow(folder, *EPOCHS, before=before)
         output = again.communicate(timeout=200)[0]
     assert again.returncode == 0, output
-    return 1, 0, 0, int(model_of(folder) != right), time.monotonic() - begin
+    return outcome(folder, right, begin)
 
 
 def kill_task(folder, right, seconds):
@@ -366,7 +347,7 @@ def two_at_once(folder, right, seconds):
     outputs = [each.communicate(timeout=300)[0] for each in both]
     lost = sum(each.returncode != 0 for each in both)
     assert lost or "Done!" in outputs[0]
-    return 2, lost, lost, int(model_of(folder) != right), time.monotonic() - begin
+    return outcome(folder, right, begin, runs=2, lost=lost)
 
 
 def disk_full(folder, right, seconds):
@@ -383,12 +364,17 @@ def disk_full(folder, right, seconds):
         subprocess.run(["umount", folder], check=True)
 
 
-def export_interrupted(folder, right, seconds):
-    """kill -9 of an export that replaces a model, again and again: there is the old model, or the new one, whole."""
+def exporter(folder):
+    """The command of an export that replaces a model, in a folder with a run of the right model and the script."""
     if not (folder / "model").exists():
         assert flow(folder, *EPOCHS).wait(200) == 0
     shutil.copy(TEMPLATES / "export_model.py", folder)
-    command = [sys.executable, "export_model.py", "--replace"]
+    return [sys.executable, "export_model.py", "--replace"]
+
+
+def export_interrupted(folder, right, seconds):
+    """kill -9 of an export that replaces a model, again and again: there is the old model, or the new one, whole."""
+    command = exporter(folder)
     subprocess.run(command, cwd=folder, env=clean_environment(folder), check=True, capture_output=True, timeout=100)
     begin = time.monotonic()
     running = subprocess.Popen(command, cwd=folder, env=clean_environment(folder), stdout=subprocess.DEVNULL)
@@ -402,13 +388,10 @@ def export_interrupted(folder, right, seconds):
 
 def export_during_a_run(folder, right, seconds):
     """An export while another run is under way: the model of the one that is done, whole."""
-    if not (folder / "model").exists():
-        assert flow(folder, *EPOCHS).wait(200) == 0
-    shutil.copy(TEMPLATES / "export_model.py", folder)
+    command = exporter(folder)
     begin, running = time.monotonic(), flow(folder, *EPOCHS, "--seed", "2")
     time.sleep(random.uniform(1, seconds))
-    export = subprocess.run([sys.executable, "export_model.py", "--replace"], cwd=folder, env=clean_environment(folder),
-                            capture_output=True, timeout=100)
+    export = subprocess.run(command, cwd=folder, env=clean_environment(folder), capture_output=True, timeout=100)
     done = running.poll() is not None  # then the newest run may be that one
     running.communicate(timeout=200)
     found = (folder / "model/model.safetensors").read_bytes()
@@ -452,7 +435,7 @@ def s3_errors(folder, right, seconds):
             if running.returncode:
                 return resumed(folder, right, to_s3)
             assert bad.failed
-            return 1, 0, 0, int(model_of(folder) != right), time.monotonic() - begin
+            return outcome(folder, right, begin)
     finally:
         server.shutdown()
 
@@ -461,12 +444,11 @@ def wandb_dies(folder, right, seconds):
     """The W&B server ends, or answers nothing any more, as soon as the run has begun: the training goes on."""
     begin = time.monotonic()
     with StandIn(random.choice(["dies", "freezes"])) as server, patch.dict(os.environ, {
-            "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "k3" * 43, "WANDB_PROJECT": "project"}):
+            "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "WANDB_PROJECT": "project"}):
         running = flow(folder, *EPOCHS, "--offline", "False")
         output = running.communicate(timeout=300)[0]
         assert server.runs, output
-    lost = int(running.returncode != 0)
-    return 1, lost, lost, int(model_of(folder) != right), time.monotonic() - begin
+    return outcome(folder, right, begin, lost=int(running.returncode != 0))
 
 
 TRAIN = {
@@ -529,8 +511,7 @@ def sample(server):
             found[part, "memory in MB"] = process.memory_info().rss / 1e6
             found[part, "open files"] = process.num_fds()
             found[part, "threads"] = process.num_threads()
-    logs = Path(server.scratch).glob("session_2*/logs/**/*")  # and not by the link to the latest
-    found["all", "logs in MB"] = sum(path.stat().st_size for path in logs if path.is_file()) / 1e6
+    found["all", "logs in MB"] = sum(path.stat().st_size for path in log_files(server)) / 1e6
     return found
 
 
@@ -634,8 +615,7 @@ def main():
     try:
         for table, part, how_much in (
                 ("load", arrivals, arguments.seconds), ("faults", serve_faults, arguments.times),
-                ("faults", container_faults, arguments.times), ("faults", head_lost, arguments.times),
-                ("faults", train_faults, arguments.times),
+                ("faults", container_faults, arguments.times), ("faults", train_faults, arguments.times),
                 ("long run", long_run, arguments.minutes)):
             for each in part(folder / part.__name__, arguments.only, how_much):
                 print(*each, sep=", ", flush=True)

@@ -50,15 +50,18 @@ class Cluster:
         return self.ids[-1]
 
     def deploy(self):
-        """The documented deploy command, in the head, as soon as its dashboard listens."""
+        """The documented deploy command, in the head, as soon as its dashboard listens; then all workers answer."""
         end = time.monotonic() + 100
         while True:
             done = pods.docker("exec", self.head, "python", "check_serve_config.py", "new.yaml", "--deploy",
                                "http://127.0.0.1:8265", seconds=200)
             if "Failed to connect to Ray" not in done.stdout or time.monotonic() > end:
-                assert done.returncode == 0, done.stdout
-                return self
+                break
             time.sleep(1)
+        assert done.returncode == 0, done.stdout
+        for port in self.workers:
+            wait_for(port)
+        return self
 
     def end(self):
         if self.ids:
@@ -98,8 +101,6 @@ def test_loss_of_a_worker_then_a_new_version_and_back(image, new_image, config):
         healthz = "import urllib.request as u; print(u.urlopen('http://worker0:52365/api/local_raylet_healthz').read())"
         # The probe of rayservice.yaml.
         assert "success" in pods.docker("exec", first.head, "python", "-c", healthz).stdout
-        for port in ports(first):
-            wait_for(port)
 
         # A node is lost: what Kubernetes sees by its readiness probe, the clients here see at once.
         with Load(*ports(first)) as load:
@@ -122,8 +123,6 @@ def test_loss_of_a_worker_then_a_new_version_and_back(image, new_image, config):
             with Load(*load.ports) as load:
                 clusters.append(Cluster(version, config, workers=2))
                 clusters[-1].deploy()
-                for port in ports(clusters[-1]):
-                    wait_for(port)
                 at = time.monotonic()
                 load.ports = ports(clusters[-1])
                 time.sleep(3)

@@ -173,6 +173,11 @@ def test_raw_bytes_instead_of_http(server):
     serves(server)
 
 
+def log_files(server):
+    """What Ray has logged for a server; each file once, and not by the link to the latest session."""
+    return [path for path in Path(server.scratch).glob("session_2*/logs/**/*") if path.is_file()]
+
+
 HIDDEN = b"GET /translate/health HTTP/1.1\r\nHost: a\r\n\r\n"  # in what is the body for whoever reads it in another way
 CHUNKED, FIVE = b"0\r\n\r\n" + HIDDEN, b"Content-Length: 5\r\n"
 WHOLE = b"Content-Length: %d\r\n" % len(CHUNKED)
@@ -217,8 +222,8 @@ def test_a_path_reaches_no_file_and_nobody_begins_a_line_of_the_log(server):
     end = time.monotonic() + 10
     while "forged" not in server.log.read_text("utf-8") and time.monotonic() < end:
         time.sleep(0.2)
-    logs = [server.log, *Path(server.scratch).glob("session_2*/logs/**/*")]
-    lines = [line for path in logs if path.is_file() for line in path.read_text("utf-8", "replace").splitlines()]
+    logs = [server.log, *log_files(server)]
+    lines = [line for path in logs for line in path.read_text("utf-8", "replace").splitlines()]
     named = [line for line in lines if "forged" in line]
     assert named and all("forged\tby-a-client" in line or "forged\\tby-a-client" in line for line in named), named
     assert not [line for line in named if line.startswith(("INFO forged", "forged"))]

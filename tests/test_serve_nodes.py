@@ -46,17 +46,25 @@ def three_nodes(folder):
             return
 
 
+def make_app(folder, replicas=2, **more):
+    """The server's files, with the config in use and a model that knows the pairs; the path of the config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(TEMPLATES / "template_ray_serve.py", folder)
+    if not (folder / "model").exists():
+        make_model(folder / "model", PAIRS)
+    config = yaml.safe_load((TEMPLATES / "serve_config.yaml").read_text())
+    deployment = config["applications"][0]["deployments"][0]
+    del deployment["autoscaling_config"]
+    deployment.update({"num_replicas": replicas, **more})
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder / "config.yaml"
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """Three replicas, each on a node of its own, behind one proxy: all nodes share the ports of one machine here."""
     folder = tmp_path_factory.mktemp("nodes")
-    shutil.copy(TEMPLATES / "template_ray_serve.py", folder)
-    make_model(folder / "model", PAIRS)
-    config = yaml.safe_load((TEMPLATES / "serve_config.yaml").read_text())
-    deployment = config["applications"][0]["deployments"][0]
-    del deployment["autoscaling_config"]
-    deployment.update({"num_replicas": 3, "max_replicas_per_node": 1})
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    make_app(folder, replicas=3, max_replicas_per_node=1)
     with three_nodes(folder) as running:
         yield running
 
