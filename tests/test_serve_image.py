@@ -223,7 +223,7 @@ def test_told_to_stop_it_answers_what_has_begun_and_nothing_more(image, project,
     code = (project / "template_ray_serve.py").read_text()
     first = "        ids = self.tokenizer.pad("
     assert code.count(first) == 1
-    slow = "        if Path('/tmp/slow').exists():\n            __import__('time').sleep(8)\n"
+    slow = "        if Path('/tmp/slow').exists():\n            __import__('time').sleep(10)\n"
     (tmp_path / "slow.py").write_text(code.replace(first, slow + first))
     mount = f"--mount=type=bind,source={tmp_path / 'slow.py'},target=/serve_app/template_ray_serve.py"
     with Container(mount) as running:
@@ -231,7 +231,7 @@ def test_told_to_stop_it_answers_what_has_begun_and_nothing_more(image, project,
         running.inside("touch", "/tmp/slow")
         with ThreadPoolExecutor(len(PAIRS)) as threads:
             begun = [threads.submit(running.ask, text) for text in PAIRS]
-            time.sleep(1)
+            time.sleep(2)
             begin = time.monotonic()
             pods.docker("kill", "--signal=SIGTERM", running.id)
             time.sleep(5)

@@ -46,12 +46,12 @@ def slow_app(folder):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """The shipped config, with two threads, a queue of 6 sentences and a timeout of 4 seconds."""
+    """The shipped config, with two threads and a queue of 6 sentences."""
     folder = tmp_path_factory.mktemp("load")
     slow_app(folder)
     config = yaml.safe_load((TEMPLATES / "serve_config.yaml").read_text())
     (application,) = config["applications"]
-    application["args"] = {"max_queue": 6, "timeout_s": 4, "max_new_tokens": 32}
+    application["args"] = {"max_queue": 6, "max_new_tokens": 32}
     application["deployments"][0]["autoscaling_config"]["max_replicas"] = 1
     application["deployments"][0]["ray_actor_options"]["num_cpus"] = 2
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -70,11 +70,13 @@ def serves(server):
     assert server.ask(body={"text": "Hello world!"}) == (200, {"translation": "Bonjour le monde !"})
 
 
-def in_background(*arguments, **keywords):
-    """Send a request from another thread; the model is busy with it on return."""
-    pool = ThreadPoolExecutor(1)
-    job = pool.submit(timed, *arguments, **keywords)
-    time.sleep(0.4)
+def in_background(server, text):
+    """Ask from another thread; the model is busy with it on return."""
+    seen = lambda: (server.folder / "seen.txt").read_text().count(text)  # noqa: E731
+    before, end, pool = seen(), time.monotonic() + 30, ThreadPoolExecutor(1)
+    job = pool.submit(timed, server, body={"text": text})
+    while seen() == before and time.monotonic() < end:
+        time.sleep(0.05)
     pool.shutdown(wait=False)
     return job
 
@@ -89,19 +91,19 @@ def test_threads_are_the_cpus_of_the_replica(server):
 
 
 def test_health_is_answered_at_once_while_the_model_is_busy(server):
-    job, slowest = in_background(server, body={"text": "wait 3"}), 0
+    job, slowest = in_background(server, "wait 3"), 0
     while not job.done():
         for path in ("/-/healthz", "/-/routes", "/translate/health", "/translate"):
             status, _, seconds = timed(server, path, method="GET")
             assert status == 200
             slowest = max(slowest, seconds)
     print(f"slowest health answer: {slowest:.3f} s")
-    assert job.result()[0] == 200 and slowest < 1
+    assert job.result()[0] == 200 and slowest < 2
     assert len(replicas(server)) == 1
 
 
 def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(server):
-    job = in_background(server, body={"text": "wait 2"})
+    job = in_background(server, "wait 4")
     gate = threading.Barrier(100)
 
     def one(_):
@@ -116,38 +118,26 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(server):
     assert len(accepted) + len(refused) == 100 and len(accepted) == 6
     assert all(answer[1] == {"translation": "Merci."} for answer in accepted)
     assert all(answer[1]["error"]["code"] == 503 for answer in refused)
-    assert max(each[2] for each in refused) < 1.5  # 100 clients and the server share two CPUs here
+    assert max(each[2] for each in refused) < 3  # 100 clients and the server share two CPUs here
     assert job.result()[0] == 200
-    line = in_background(server, body={"text": "wait 2"})
+    line = in_background(server, "wait 4")
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
     connection.request("POST", "/translate", json.dumps({"text": ["one"] * 7}), {"Content-Type": "application/json"})
-    time.sleep(0.2)
+    time.sleep(1)
     other = http.client.HTTPConnection("127.0.0.1", server.port)
     other.request("POST", "/translate", json.dumps({"text": "two"}), {"Content-Type": "application/json"})
     reply = other.getresponse()
     assert (reply.status, reply.getheader("Retry-After")) == (503, "1")
     other.close()
     connection.close()
-    time.sleep(0.3)  # its seven have left with it, while the model is still busy
+    time.sleep(1)  # its seven have left with it, while the model is still busy
     assert not line.done() and server.ask(body={"text": "Good morning"}) == (200, {"translation": "Bonjour"})
     assert line.result()[0] == 200
     serves(server)
 
 
-def test_a_timeout_answers_504_and_what_waited_never_reaches_the_model(server):
-    status, answer, seconds = timed(server, body={"text": "wait 6"})
-    assert status == 504 and "4 seconds" in answer["error"]["message"] and 3.5 < seconds < 5
-    status, answer, seconds = timed(server, body={"text": "Good morning"})
-    assert (status, answer) == (200, {"translation": "Bonjour"}) and seconds < 3
-    job = in_background(server, body={"text": "wait 6"})
-    assert timed(server, body={"text": "skip-one please"})[0] == 504
-    assert job.result()[0] == 504
-    serves(server)
-    assert "skip-one" not in (server.folder / "seen.txt").read_text()
-
-
 def test_a_client_that_leaves_is_skipped(server):
-    job = in_background(server, body={"text": "wait 2"})
+    job = in_background(server, "wait 2")
     assert server.ask(body={"text": "skip-two please"}, timeout=0.5)[0] == 0
     assert job.result()[0] == 200
     serves(server)
@@ -155,7 +145,7 @@ def test_a_client_that_leaves_is_skipped(server):
 
 
 def test_a_text_that_fails_harms_no_other_in_its_batch(server):
-    job = in_background(server, body={"text": "wait 1"})
+    job = in_background(server, "wait 1")
     texts = ["Good morning", "Thank you.", "BOOM-1", "The cat sleeps.", "I like tea.", "Good morning"]
     with ThreadPoolExecutor(len(texts)) as pool:
         answers = list(pool.map(lambda text: server.ask(body={"text": text}), texts))
@@ -210,23 +200,40 @@ def running(server):
     return len(server.processes("ServeReplica"))
 
 
+def deploy(server, **arguments):
+    """Deploy the config with other arguments of the app; wait until only the new replica is left."""
+    config = yaml.safe_load((server.folder / "config.yaml").read_text())
+    config["applications"][0]["args"].update(arguments)
+    (server.folder / "new.yaml").write_text(yaml.safe_dump(config))
+    subprocess.run([sys.executable, "-m", "ray.serve.scripts", "deploy", "new.yaml", "-a",
+                    f"http://127.0.0.1:{server.dashboard}"], cwd=server.folder, env=server.environment, check=True,
+                   timeout=100, capture_output=True)
+    end = time.monotonic() + 100
+    for done in (lambda: running(server) == 2, lambda: running(server) == 1):
+        while not done() and time.monotonic() < end:
+            time.sleep(0.2)
+    assert time.monotonic() < end
+
+
 def test_an_update_under_load_loses_no_request(server):
     """The new replica starts beside the old one, which ends when its last request is answered."""
     old = replicas(server)
-    config = yaml.safe_load((server.folder / "config.yaml").read_text())
-    config["applications"][0]["args"]["max_queue"] = 7
-    (server.folder / "new.yaml").write_text(yaml.safe_dump(config))
-    job = in_background(server, body={"text": "wait 3"})
+    job = in_background(server, "wait 3")
     with Load(server.port, clients=3) as load:
-        subprocess.run([sys.executable, "-m", "ray.serve.scripts", "deploy", "new.yaml", "-a",
-                        f"http://127.0.0.1:{server.dashboard}"], cwd=server.folder, env=server.environment, check=True,
-                       timeout=60, capture_output=True)
-        end = time.monotonic() + 40
-        while running(server) < 2 and time.monotonic() < end:
-            time.sleep(0.2)
-        while running(server) > 1 and time.monotonic() < end:
-            time.sleep(0.2)
+        deploy(server, max_queue=7)
     assert job.result()[0] == 200
     print(f"{len(load.answers)} requests during the update")
     assert len(load.answers) > 20 and not load.lost() and not load.wrong()
     assert replicas(server) - old
+
+
+def test_a_timeout_answers_504_and_what_waited_never_reaches_the_model(server):
+    deploy(server, timeout_s=4)
+    status, answer, seconds = timed(server, body={"text": "wait 6"})
+    assert status == 504 and "4 seconds" in answer["error"]["message"] and 3.5 < seconds < 6
+    assert server.ask(body={"text": "Good morning"}) == (200, {"translation": "Bonjour"})  # when these 6 s are over
+    job = in_background(server, "wait 6")
+    assert timed(server, body={"text": "skip-one please"})[0] == 504
+    assert job.result()[0] == 504
+    serves(server)
+    assert "skip-one" not in (server.folder / "seen.txt").read_text()
