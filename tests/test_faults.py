@@ -32,7 +32,7 @@ def test_with_too_many_requests_it_goes_on_answering(folder):
     ((_, _, _, requests, _, _, refused, lost, wrong),) = faults.arrivals(folder, ["load of 150 %"], 30)
     print(f"{requests} requests, {refused} of them refused")
     assert (lost, wrong) == (0, 0)
-    # Six in seven where Ray's router waits as long as it does by itself; one in four here, more if other tests run.
+    # Four in five where Ray's router waits as long as it does by itself; one in three here, more if other tests run.
     assert refused < 0.75 * requests
 
 

@@ -35,7 +35,7 @@ def tracked(folder, server, *arguments, url=None, flow=FLOW, before=(), command=
     settings = {**clean_environment(folder), "WANDB_BASE_URL": url or server.url, "WANDB_API_KEY": KEY,
                 "WANDB_PROJECT": "project", "HOME": str(folder), "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run([*before, sys.executable, str(flow), "--no-pylint", command, *arguments], cwd=folder,
-                          env={name: value for name, value in settings.items() if value is not None}, timeout=200,
+                          env={name: value for name, value in settings.items() if value is not None}, timeout=600,
                           text=True, encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     return Done(folder, done.returncode, done.stdout, server)
 
@@ -77,7 +77,7 @@ with Runner({str(FLOW)!r}, pylint=False).run(offline=True, epochs=2) as running:
 
 
 def script(folder, server):
-    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=folder, text=True, encoding="utf-8", timeout=200,
+    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=folder, text=True, encoding="utf-8", timeout=600,
                           env={**clean_environment(folder), "OMP_NUM_THREADS": "1", "WANDB_BASE_URL": server.url},
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     return Done(folder, done.returncode, done.stdout, server)
@@ -252,7 +252,7 @@ def test_what_was_kept_can_be_sent_later(failure, bad):
     losses = artifacts(run.folder, "train")["losses"]
     with StandIn() as server:
         for line in lines:
-            done = subprocess.run([str(Path(sys.executable).with_name("wandb")), "sync", *line.split()], timeout=60,
+            done = subprocess.run([str(Path(sys.executable).with_name("wandb")), "sync", *line.split()], timeout=120,
                                   cwd=run.folder, env={**os.environ, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY,
                                                        "HOME": str(run.folder)},
                                   text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
