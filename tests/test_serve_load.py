@@ -70,24 +70,28 @@ def serves(server):
     assert server.ask(body={"text": "Hello world!"}) == (200, {"translation": "Bonjour le monde !"})
 
 
+def seen(server):
+    """What the model has worked on: a line a batch, with the process, its threads and the texts."""
+    return (server.folder / "seen.txt").read_text()
+
+
 def in_background(server, text):
     """Ask from another thread; the model is busy with it on return."""
-    seen = lambda: (server.folder / "seen.txt").read_text().count(text)  # noqa: E731
-    before, end, pool = seen(), time.monotonic() + 30, ThreadPoolExecutor(1)
+    before, end, pool = seen(server).count(text), time.monotonic() + 30, ThreadPoolExecutor(1)
     job = pool.submit(timed, server, body={"text": text})
-    while seen() == before and time.monotonic() < end:
+    while seen(server).count(text) == before and time.monotonic() < end:
         time.sleep(0.05)
     pool.shutdown(wait=False)
     return job
 
 
 def replicas(server):
-    return {int(line.split()[0]) for line in (server.folder / "seen.txt").read_text().splitlines()}
+    return {int(line.split()[0]) for line in seen(server).splitlines()}
 
 
 def test_threads_are_the_cpus_of_the_replica(server):
     serves(server)
-    assert {line.split()[1] for line in (server.folder / "seen.txt").read_text().splitlines()} == {"2"}
+    assert {line.split()[1] for line in seen(server).splitlines()} == {"2"}
 
 
 def test_health_is_answered_at_once_while_the_model_is_busy(server):
@@ -98,7 +102,7 @@ def test_health_is_answered_at_once_while_the_model_is_busy(server):
             assert status == 200
             slowest = max(slowest, seconds)
     print(f"slowest health answer: {slowest:.3f} s")
-    assert job.result()[0] == 200 and slowest < 2
+    assert job.result()[0] == 200 and slowest < 1
     assert len(replicas(server)) == 1
 
 
@@ -118,7 +122,7 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(server):
     assert len(accepted) + len(refused) == 100 and len(accepted) == 6
     assert all(answer[1] == {"translation": "Merci."} for answer in accepted)
     assert all(answer[1]["error"]["code"] == 503 for answer in refused)
-    assert max(each[2] for each in refused) < 3  # 100 clients and the server share two CPUs here
+    assert max(each[2] for each in refused) < 1.5  # 100 clients and the server share two CPUs here
     assert job.result()[0] == 200
     line = in_background(server, "wait 4")
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
@@ -141,7 +145,7 @@ def test_a_client_that_leaves_is_skipped(server):
     assert server.ask(body={"text": "skip-two please"}, timeout=0.5)[0] == 0
     assert job.result()[0] == 200
     serves(server)
-    assert "skip-two" not in (server.folder / "seen.txt").read_text()
+    assert "skip-two" not in seen(server)
 
 
 def test_a_text_that_fails_harms_no_other_in_its_batch(server):
@@ -195,11 +199,6 @@ def test_memory_stays_flat_and_every_answer_is_right(server):
     assert len(replicas(server)) == 1
 
 
-def running(server):
-    """How many replicas there are."""
-    return len(server.processes("ServeReplica"))
-
-
 def deploy(server, **arguments):
     """Deploy the config with other arguments of the app; wait until only the new replica is left."""
     config = yaml.safe_load((server.folder / "config.yaml").read_text())
@@ -209,8 +208,8 @@ def deploy(server, **arguments):
                     f"http://127.0.0.1:{server.dashboard}"], cwd=server.folder, env=server.environment, check=True,
                    timeout=100, capture_output=True)
     end = time.monotonic() + 100
-    for done in (lambda: running(server) == 2, lambda: running(server) == 1):
-        while not done() and time.monotonic() < end:
+    for number in (2, 1):
+        while len(server.processes("ServeReplica")) != number and time.monotonic() < end:
             time.sleep(0.2)
     assert time.monotonic() < end
 
@@ -236,4 +235,4 @@ def test_a_timeout_answers_504_and_what_waited_never_reaches_the_model(server):
     assert timed(server, body={"text": "skip-one please"})[0] == 504
     assert job.result()[0] == 504
     serves(server)
-    assert "skip-one" not in (server.folder / "seen.txt").read_text()
+    assert "skip-one" not in seen(server)
