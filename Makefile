@@ -89,7 +89,8 @@ faults: setup ## break things under load, count what is lost, three hours; make 
 	@$(BIN)/python tests/faults.py $(FAULTS)
 
 lint: setup ## ruff and mypy
-	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 # $(newest): the newest versions that fit together, none older than a pin, and all that comes along

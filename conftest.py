@@ -4,8 +4,13 @@ import os
 
 import pytest
 
-
-LONG = ("test_real_pairs.py", "ray", "test_places.py", "docker", "test_tracking.py")  # groups that take minutes
+LONG = (
+    "test_real_pairs.py",
+    "ray",
+    "test_places.py",
+    "docker",
+    "test_tracking.py",
+)  # groups that take minutes
 
 
 def rank(item):
@@ -19,7 +24,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if not item.get_closest_marker("xdist_group"):
             name = item.path.name
-            item.add_marker(pytest.mark.xdist_group("ray" if name == "test_template_ray_serve.py" else name))
+            item.add_marker(
+                pytest.mark.xdist_group("ray" if name == "test_template_ray_serve.py" else name)
+            )
     items.sort(key=rank)
 
 

@@ -18,7 +18,9 @@ NAME = re.compile(r"^#!?.*?([\w.-]+), version (\d+\.\d+\.\d+)", re.MULTILINE)
 
 def git(folder: Path, *command: str) -> str:
     """What git prints; SystemExit with git's own message if it fails."""
-    done = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, encoding="utf-8")
+    done = subprocess.run(
+        ["git", "-C", str(folder), *command], capture_output=True, text=True, encoding="utf-8"
+    )
     if done.returncode:
         print(f"{folder}: {(done.stderr.splitlines() or ['git failed'])[0]}", file=sys.stderr)
         sys.exit(2)
@@ -39,7 +41,9 @@ def plain(text: str | None) -> str | None:
 def copies(repository: Path) -> list[tuple[str, str, str, str]]:
     """(path, text, name of the template, its release) of each copy among the files that git does not ignore."""
     found = []
-    for path in git(repository, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0"):
+    for path in git(
+        repository, "ls-files", "-z", "--cached", "--others", "--exclude-standard"
+    ).split("\0"):
         try:
             text = (repository / path).read_text("utf-8")
         except (OSError, UnicodeDecodeError):  # a folder, a deleted file, a picture
@@ -67,11 +71,15 @@ def main(repository: Path) -> int:
                 state += f", no longer in {newest}"
             elif plain(was) != plain(now):
                 state += f", outdated: {newest} differs"
-                outdated.append((path, f"v{version}:templates/{name}", f"{newest}:templates/{name}"))
+                outdated.append(
+                    (path, f"v{version}:templates/{name}", f"{newest}:templates/{name}")
+                )
         print(f"{path}: {name} {version}, {state}")
     for path, was, now in outdated:
         show = f"git -C {shlex.quote(str(HERE))} show"
-        print(f"{show} {was} > was; {show} {now} > now; git merge-file {shlex.quote(path)} was now; rm was now")
+        print(
+            f"{show} {was} > was; {show} {now} > now; git merge-file {shlex.quote(path)} was now; rm was now"
+        )
     return 1 if outdated else 0
 
 

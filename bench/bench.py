@@ -33,23 +33,38 @@ RUN_APP = ["-m", "uvicorn", "--host", "127.0.0.1", "--port", str(PORT), "--log-l
 
 def template(precision):
     """The command of the template with a production-like config, all CPUs for the one replica."""
+
     def config(folder):
         content = yaml.safe_load((HERE.parent / "templates/serve_config.yaml").read_text("utf-8"))
         content["http_options"] = {"host": "127.0.0.1", "port": PORT}
         application = content["applications"][0]
-        application["args"] = {"model": str(folder / "model"), "precision": precision, "max_new_tokens": 20}
+        application["args"] = {
+            "model": str(folder / "model"),
+            "precision": precision,
+            "max_new_tokens": 20,
+        }
         deployment = application["deployments"][0]
         deployment["autoscaling_config"].update({"max_replicas": 1})
         deployment["ray_actor_options"] = {"num_cpus": THREADS}
         deployment["max_surge_percent"] = 0
         (folder / "serve_config.yaml").write_text(yaml.safe_dump(content))
-        return ["-m", "ray.serve.scripts", "run", str(folder / "serve_config.yaml")], HERE.parent / "templates"
+        return [
+            "-m",
+            "ray.serve.scripts",
+            "run",
+            str(folder / "serve_config.yaml"),
+        ], HERE.parent / "templates"
+
     return config
 
 
 def ray_docs(folder):
-    config = {"http_options": {"host": "127.0.0.1", "port": PORT}, "applications": [
-        {"name": "docs", "route_prefix": "/translate", "import_path": "ray_docs:app"}]}
+    config = {
+        "http_options": {"host": "127.0.0.1", "port": PORT},
+        "applications": [
+            {"name": "docs", "route_prefix": "/translate", "import_path": "ray_docs:app"}
+        ],
+    }
     (folder / "ray_docs.yaml").write_text(yaml.safe_dump(config))
     return ["-m", "ray.serve.scripts", "run", str(folder / "ray_docs.yaml")], HERE
 
@@ -61,25 +76,56 @@ SERVERS = {  # name: (virtual environment, what gives command and folder)
     "ray-docs": (None, ray_docs),
     "fastapi": (None, lambda _: ([*RUN_APP, "fastapi_app:app"], HERE)),
     "litserve": ("litserve", lambda _: (["litserve_app.py"], HERE)),
-    "bentoml": ("bentoml", lambda _: (["-m", "bentoml", "serve", "bentoml_app:Translator", "--host", "127.0.0.1",
-                                       "--port", str(PORT), "--api-workers", "1"], HERE)),
+    "bentoml": (
+        "bentoml",
+        lambda _: (
+            [
+                "-m",
+                "bentoml",
+                "serve",
+                "bentoml_app:Translator",
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(PORT),
+                "--api-workers",
+                "1",
+            ],
+            HERE,
+        ),
+    ),
     "ctranslate2": ("ctranslate2", lambda _: ([*RUN_APP, "ctranslate2_app:app"], HERE)),
 }
 
 
 class Server:
     """A server in a session of its own, ended with all that it started."""
+
     def __init__(self, name, folder, launch=None):
         venv, command = launch or SERVERS[name]
         python = str(HERE / f".venv-{venv}/bin/python") if venv else sys.executable
         arguments, at = command(folder)
-        environment = {**os.environ, "BENCH_MODEL": str(folder / "model"), "BENCH_THREADS": str(THREADS),
-                       "BENCH_PORT": str(PORT), "OMP_NUM_THREADS": str(THREADS), "RAY_ADDRESS": "local",
-                       "RAY_TMPDIR": str(folder), "HF_HUB_OFFLINE": "1", "BENTOML_HOME": str(folder / "bentoml"),
-                       "BENTOML_DO_NOT_TRACK": "1"}
+        environment = {
+            **os.environ,
+            "BENCH_MODEL": str(folder / "model"),
+            "BENCH_THREADS": str(THREADS),
+            "BENCH_PORT": str(PORT),
+            "OMP_NUM_THREADS": str(THREADS),
+            "RAY_ADDRESS": "local",
+            "RAY_TMPDIR": str(folder),
+            "HF_HUB_OFFLINE": "1",
+            "BENTOML_HOME": str(folder / "bentoml"),
+            "BENTOML_DO_NOT_TRACK": "1",
+        }
         self.name, self.log = name, (folder / "log").open("w+")
-        self.process = subprocess.Popen([python, *arguments], cwd=at, env=environment, start_new_session=True,
-                                        stdout=self.log, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(
+            [python, *arguments],
+            cwd=at,
+            env=environment,
+            start_new_session=True,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+        )
 
     def __enter__(self):
         for _ in range(120):
@@ -108,9 +154,12 @@ class Server:
 
 class Line:
     """One client's connection; HTTP/1.1 by hand, since a full client would take CPU time from the server."""
+
     def __init__(self, server):
         self.reader = self.writer = None
-        self.form = (lambda text: [text]) if server == "bentoml" else str  # one that batches takes lists only
+        self.form = (
+            (lambda text: [text]) if server == "bentoml" else str
+        )  # one that batches takes lists only
 
     async def ask(self, text):
         """Seconds until the answer, and whether it was one."""
@@ -119,8 +168,10 @@ class Line:
         try:
             if self.writer is None:
                 self.reader, self.writer = await asyncio.open_connection("127.0.0.1", PORT)
-            self.writer.write(b"POST /translate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-                              b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+            self.writer.write(
+                b"POST /translate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+            )
             head = (await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), 120)).lower()
             answer = b""
             if b"chunked" in head:
@@ -128,7 +179,9 @@ class Line:
                     answer += (await self.reader.readexactly(size + 2))[:-2]
                 await self.reader.readline()
             else:
-                answer = await self.reader.readexactly(int(head.split(b"content-length:")[1].split(b"\r\n")[0]))
+                answer = await self.reader.readexactly(
+                    int(head.split(b"content-length:")[1].split(b"\r\n")[0])
+                )
             return time.perf_counter() - begin, head.split()[1] == b"200" and len(answer) > 20
         except (TimeoutError, OSError, asyncio.IncompleteReadError, IndexError):
             self.writer = None
@@ -139,8 +192,12 @@ class Line:
 def figures(asked, rate):
     """The results of [(seconds, whether there was an answer), ...] at this rate."""
     times = sorted(took for took, good in asked if good)
-    return {"requests_per_s": rate, "p50_ms": 1000 * statistics.median(times),
-            "p99_ms": 1000 * times[int(len(times) * 0.99)], "errors": len(asked) - len(times)}
+    return {
+        "requests_per_s": rate,
+        "p50_ms": 1000 * statistics.median(times),
+        "p99_ms": 1000 * times[int(len(times) * 0.99)],
+        "errors": len(asked) - len(times),
+    }
 
 
 async def closed_loop(server, clients, mix, seconds):
@@ -183,8 +240,12 @@ async def open_loop(server, rate, seconds):
 def measure(name, folder, clients, seconds, rates):
     """Yield the results of one server, started for this."""
     if name == "limit":
-        done = subprocess.run([sys.executable, HERE / "limit.py", folder / "model", str(seconds), str(THREADS)],
-                              check=True, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": str(THREADS)})
+        done = subprocess.run(
+            [sys.executable, HERE / "limit.py", folder / "model", str(seconds), str(THREADS)],
+            check=True,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": str(THREADS)},
+        )
         yield from map(json.loads, done.stdout.splitlines())
         return
     with Server(name, folder):
@@ -205,10 +266,19 @@ def merged(results):
         groups.setdefault((each["server"], each["clients"], each["mix"]), []).append(each)
     for (server, clients, mix), rounds in groups.items():
         rates = [each["requests_per_s"] for each in rounds]
-        yield {"server": server, "clients": clients, "mix": mix, "errors": sum(each["errors"] for each in rounds),
-               **{key: round(statistics.median(each[key] for each in rounds), 2)
-                  for key in ("requests_per_s", "p50_ms", "p99_ms")},
-               "lowest": round(min(rates), 2), "highest": round(max(rates), 2), "rounds": len(rounds)}
+        yield {
+            "server": server,
+            "clients": clients,
+            "mix": mix,
+            "errors": sum(each["errors"] for each in rounds),
+            **{
+                key: round(statistics.median(each[key] for each in rounds), 2)
+                for key in ("requests_per_s", "p50_ms", "p99_ms")
+            },
+            "lowest": round(min(rates), 2),
+            "highest": round(max(rates), 2),
+            "rounds": len(rounds),
+        }
 
 
 def ratios(table):
@@ -222,32 +292,55 @@ def ratios(table):
         limit = f"limit {name.partition(' ')[2] or 'float32'}"
         if {(name, 1, "equal"), (name, 32, "equal"), (limit, 32, "equal")} <= at.keys():
             yield f"{name} at 32 clients, of {limit}", rate(name) / rate(limit)
-            yield f"{name} at 1 client, ms added to the call", at[name, 1, "equal"]["p50_ms"] - at[
-                limit, 1, "equal"]["p50_ms"]
+            yield (
+                f"{name} at 1 client, ms added to the call",
+                at[name, 1, "equal"]["p50_ms"] - at[limit, 1, "equal"]["p50_ms"],
+            )
             yield f"{name}, equal lengths against mixed ones", rate(name) / rate(name, mix="mixed")
             loaded = at[name, 0, "80 % load"]
             yield f"{name} at 80 % load, p99 against p50", loaded["p99_ms"] / loaded["p50_ms"]
     for server in SERVERS:
-        if not server.startswith("template") and (server, 32, "equal") in at and ("template", 32, "equal") in at:
+        if (
+            not server.startswith("template")
+            and (server, 32, "equal") in at
+            and ("template", 32, "equal") in at
+        ):
             yield f"template at 32 clients, against {server}", rate("template") / rate(server)
 
 
 def plot(table):
     matplotlib.use("svg")
     from matplotlib import pyplot
+
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for name in dict.fromkeys(each["server"] for each in table):
         line = [each for each in table if each["server"] == name and each["mix"] == "equal"]
-        style = {"linestyle": "--", "color": "grey"} if name.startswith("limit") else {"marker": "o"}
-        axes.plot([each["clients"] for each in line], [each["requests_per_s"] for each in line], label=name, **style)
-    axes.set(xscale="log", yscale="log", xlabel="clients (of the limit: texts in a batch)", ylabel="requests/s",
-             xticks=CLIENTS, xticklabels=CLIENTS, title=f"One model of 60 million parameters, {THREADS} CPUs")
+        style = (
+            {"linestyle": "--", "color": "grey"} if name.startswith("limit") else {"marker": "o"}
+        )
+        axes.plot(
+            [each["clients"] for each in line],
+            [each["requests_per_s"] for each in line],
+            label=name,
+            **style,
+        )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="clients (of the limit: texts in a batch)",
+        ylabel="requests/s",
+        xticks=CLIENTS,
+        xticklabels=CLIENTS,
+        title=f"One model of 60 million parameters, {THREADS} CPUs",
+    )
     axes.legend(fontsize="small")
     figure.savefig(HERE / "results.svg")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=10, help="of each measurement")
     parser.add_argument("--servers", default=",".join(["limit", *SERVERS]), help="default: all")
@@ -255,7 +348,9 @@ def main():
     arguments = parser.parse_args()
     names, results, rates = arguments.servers.split(","), [], {}
     clients = [int(number) for number in arguments.clients.split(",")]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench.py: told to end"))  # so that the server ends too
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit("bench.py: told to end")
+    )  # so that the server ends too
     folder = Path(tempfile.mkdtemp(prefix="bench.", dir="/tmp"))  # short: Ray puts sockets there
     try:
         subprocess.run([sys.executable, HERE / "model.py", folder / "model"], check=True)
@@ -268,13 +363,19 @@ def main():
     table = list(merged(results))
     (HERE / "results.json").write_text(json.dumps(table, indent=1) + "\n")
     plot(table)
-    print(f"{'server':20} {'clients':>7} {'mix':10} {'requests/s':>10} {'lowest to highest':>19} {'p50 ms':>9} "
-          f"{'p99 ms':>9} {'errors':>6}")
+    print(
+        f"{'server':20} {'clients':>7} {'mix':10} {'requests/s':>10} {'lowest to highest':>19} {'p50 ms':>9} "
+        f"{'p99 ms':>9} {'errors':>6}"
+    )
     for each in table:
-        print(f"{each['server']:20} {each['clients']:7} {each['mix']:10} {each['requests_per_s']:10.1f} "
-              f"{each['lowest']:9.1f} {each['highest']:9.1f} {each['p50_ms']:9.0f} {each['p99_ms']:9.0f} "
-              f"{each['errors']:6}")
-    print(f"{arguments.rounds} rounds, each figure the median of {arguments.seconds:g} s in each of them")
+        print(
+            f"{each['server']:20} {each['clients']:7} {each['mix']:10} {each['requests_per_s']:10.1f} "
+            f"{each['lowest']:9.1f} {each['highest']:9.1f} {each['p50_ms']:9.0f} {each['p99_ms']:9.0f} "
+            f"{each['errors']:6}"
+        )
+    print(
+        f"{arguments.rounds} rounds, each figure the median of {arguments.seconds:g} s in each of them"
+    )
     for what, figure in ratios(table):
         print(f"{what}: {figure:.2f}")
 

@@ -13,15 +13,23 @@ from transformers import AutoTokenizer
 PREFIX, FOLDER = "translate English to French: ", os.environ["BENCH_MODEL"]
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 converted = ctranslate2.converters.TransformersConverter(FOLDER).convert(
-    f"{FOLDER}-ct2", quantization="int8", force=True)
+    f"{FOLDER}-ct2", quantization="int8", force=True
+)
 engine = ctranslate2.Translator(converted, "cpu", intra_threads=int(os.environ["BENCH_THREADS"]))
 waiting: list = []
 
 
 def run(batch):
-    tokens = [tokenizer.convert_ids_to_tokens(tokenizer(PREFIX + text)["input_ids"]) for text in batch]
-    done = engine.translate_batch(tokens, beam_size=1, min_decoding_length=20, max_decoding_length=20,
-                                  suppress_sequences=[["<pad>"], ["<unk>"]])
+    tokens = [
+        tokenizer.convert_ids_to_tokens(tokenizer(PREFIX + text)["input_ids"]) for text in batch
+    ]
+    done = engine.translate_batch(
+        tokens,
+        beam_size=1,
+        min_decoding_length=20,
+        max_decoding_length=20,
+        suppress_sequences=[["<pad>"], ["<unk>"]],
+    )
     return [tokenizer.decode(tokenizer.convert_tokens_to_ids(each.hypotheses[0])) for each in done]
 
 
@@ -32,7 +40,9 @@ async def work():
             await asyncio.sleep(0.001)
             continue
         batch, waiting[:] = waiting[:32], waiting[32:]
-        for (_, answer), text in zip(batch, await loop.run_in_executor(thread, run, [text for text, _ in batch])):
+        for (_, answer), text in zip(
+            batch, await loop.run_in_executor(thread, run, [text for text, _ in batch])
+        ):
             answer.set_result(text)
         await asyncio.sleep(0.005)
 

@@ -1,6 +1,6 @@
 """What the hardware can do: generate() in this process, without a server, in batches of 1, 8 and 32.
 
-    python limit.py FOLDER SECONDS THREADS
+python limit.py FOLDER SECONDS THREADS
 """
 
 import json
@@ -16,7 +16,9 @@ def main(folder, seconds, threads):
     torch.set_num_threads(int(threads))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for precision in ("float32", "bfloat16", "int8"):
-        model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=precision.replace("int8", "float32")).eval()
+        model = AutoModelForSeq2SeqLM.from_pretrained(
+            folder, dtype=precision.replace("int8", "float32")
+        ).eval()
         if precision == "int8":
             model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
         for size in (1, 8, 32):
@@ -24,17 +26,27 @@ def main(folder, seconds, threads):
                 many, times, end = texts(mix), [], time.perf_counter() + float(seconds)
                 while time.perf_counter() < end or len(times) < 2:
                     begin, at = time.perf_counter(), len(times) * size % len(many)
-                    batch = [PREFIX + text for text in many[at:at + size]]
+                    batch = [PREFIX + text for text in many[at : at + size]]
                     ids = tokenizer(batch, return_tensors="pt", padding=True)
                     with torch.inference_mode():
                         out = model.generate(**ids, do_sample=False, num_beams=1)
                     tokenizer.batch_decode(out, skip_special_tokens=True)
                     times.append(time.perf_counter() - begin)
                 times = sorted(times[1:])
-                print(json.dumps({
-                    "server": f"limit {precision}", "clients": size, "mix": mix,
-                    "requests_per_s": size * len(times) / sum(times), "p50_ms": 1000 * times[len(times) // 2],
-                    "p99_ms": 1000 * times[int(len(times) * 0.99)], "errors": 0}), flush=True)
+                print(
+                    json.dumps(
+                        {
+                            "server": f"limit {precision}",
+                            "clients": size,
+                            "mix": mix,
+                            "requests_per_s": size * len(times) / sum(times),
+                            "p50_ms": 1000 * times[len(times) // 2],
+                            "p99_ms": 1000 * times[int(len(times) * 0.99)],
+                            "errors": 0,
+                        }
+                    ),
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

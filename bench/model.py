@@ -1,6 +1,6 @@
 """Make a T5 of t5-small's shape (60 million parameters, random weights) whose every answer has 20 tokens.
 
-    python model.py FOLDER        with `small`, one of 0.2 million parameters, so that all but the model shows
+python model.py FOLDER        with `small`, one of 0.2 million parameters, so that all but the model shows
 """
 
 import itertools
@@ -8,7 +8,12 @@ import sys
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 PREFIX = "translate English to French: "
 WORDS = "the a small big old new house garden river train letter teacher doctor sees buys paints opens in near with and"
@@ -25,20 +30,44 @@ def main(folder, size=""):
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = byte_level, decoders.ByteLevel()
-    bpe.train_from_iterator([PREFIX + WORDS] * 2, trainers.BpeTrainer(
-        vocab_size=1000, special_tokens=["<pad>", "</s>", "<unk>"], initial_alphabet=byte_level.alphabet(),
-        show_progress=False))
+    bpe.train_from_iterator(
+        [PREFIX + WORDS] * 2,
+        trainers.BpeTrainer(
+            vocab_size=1000,
+            special_tokens=["<pad>", "</s>", "<unk>"],
+            initial_alphabet=byte_level.alphabet(),
+            show_progress=False,
+        ),
+    )
     # The rest of the vocabulary are made-up words, so that every token that the model gives is a text.
     bpe.add_tokens([f" w{number}" for number in range(32128 - bpe.get_vocab_size())])
-    bpe.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>",
-                                        unk_token="<unk>", model_input_names=["input_ids", "attention_mask"])
+    bpe.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_input_names=["input_ids", "attention_mask"],
+    )
     torch.manual_seed(0)
-    model = T5ForConditionalGeneration(T5Config(  # the defaults are t5-small's
-        decoder_start_token_id=0, **{"d_model": 64, "d_kv": 16, "d_ff": 256, "num_layers": 2, "num_heads": 4}
-        if size else {}))
-    model.generation_config = GenerationConfig(min_new_tokens=20, max_new_tokens=20, decoder_start_token_id=0,
-                                               pad_token_id=0, eos_token_id=1, suppress_tokens=[0, 2])
+    model = T5ForConditionalGeneration(
+        T5Config(  # the defaults are t5-small's
+            decoder_start_token_id=0,
+            **{"d_model": 64, "d_kv": 16, "d_ff": 256, "num_layers": 2, "num_heads": 4}
+            if size
+            else {},
+        )
+    )
+    model.generation_config = GenerationConfig(
+        min_new_tokens=20,
+        max_new_tokens=20,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+        suppress_tokens=[0, 2],
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

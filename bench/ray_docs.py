@@ -18,7 +18,9 @@ class Translator:
         self.model = AutoModelForSeq2SeqLM.from_pretrained(os.environ["BENCH_MODEL"])
 
     def translate(self, text):
-        out = self.model.generate(**self.tokenizer(PREFIX + text, return_tensors="pt"), do_sample=False, num_beams=1)
+        out = self.model.generate(
+            **self.tokenizer(PREFIX + text, return_tensors="pt"), do_sample=False, num_beams=1
+        )
         return self.tokenizer.decode(out[0], skip_special_tokens=True)
 
     async def __call__(self, request: Request):

@@ -16,8 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import bench
 import psutil
+
+import bench
 
 HERE = Path(__file__).parent
 NODES = """
@@ -41,12 +42,17 @@ threading.Event().wait()
 
 class Nodes(bench.Server):
     """The template on so many nodes, with so many replicas each."""
+
     def __init__(self, folder, nodes, replicas=1):
         command = ["-c", NODES, str(folder), str(bench.PORT), str(nodes), str(replicas)]
         super().__init__("template", folder, (None, lambda _: (command, HERE.parent / "templates")))
 
     def processes(self, part=""):
-        return [each for each in psutil.process_iter() if self.ours(each) and part in " ".join(each.cmdline())]
+        return [
+            each
+            for each in psutil.process_iter()
+            if self.ours(each) and part in " ".join(each.cmdline())
+        ]
 
     def cpu_seconds(self):
         return sum(sum(each.cpu_times()[:2]) for each in self.processes())
@@ -54,50 +60,79 @@ class Nodes(bench.Server):
 
 def memory_of_weights(process):
     """(MB of the weights that a process has mapped, its share of them where others have mapped them too)."""
-    part = re.findall(r"\S+ \S+ \S+ \S+ \S+ +\S*\.safetensors\n(?:\w+: .*\n)*", Path(
-        f"/proc/{process.pid}/smaps").read_text())
-    return [sum(int(kb) for each in part for kb in re.findall(rf"^{key}: +(\d+)", each, re.M)) / 1000
-            for key in ("Rss", "Pss")]
+    part = re.findall(
+        r"\S+ \S+ \S+ \S+ \S+ +\S*\.safetensors\n(?:\w+: .*\n)*",
+        Path(f"/proc/{process.pid}/smaps").read_text(),
+    )
+    return [
+        sum(int(kb) for each in part for kb in re.findall(rf"^{key}: +(\d+)", each, re.M)) / 1000
+        for key in ("Rss", "Pss")
+    ]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--requests", type=int, default=10_000, help="for the figures of memory")
     requests = parser.parse_args().requests
     folder = Path(tempfile.mkdtemp(prefix="bench.", dir="/tmp"))
     try:
         subprocess.run([sys.executable, HERE / "model.py", folder / "model", "small"], check=True)
-        print(f"{'nodes':>5} {'requests/s':>10} {'p50 ms':>7} {'p99 ms':>7} {'CPU ms a request':>17} {'errors':>6}")
+        print(
+            f"{'nodes':>5} {'requests/s':>10} {'p50 ms':>7} {'p99 ms':>7} {'CPU ms a request':>17} {'errors':>6}"
+        )
         for nodes in (1, 2, 3):
             with Nodes(folder, nodes) as server:
                 asyncio.run(bench.closed_loop("template", 32, "equal", 5))
                 before, seconds = server.cpu_seconds(), 10
                 found = asyncio.run(bench.closed_loop("template", 32, "equal", seconds))
                 # closed_loop also asks for 2 s before it counts
-                cost = 1000 * (server.cpu_seconds() - before) / (found["requests_per_s"] * (seconds + 2))
-                print(f"{nodes:5} {found['requests_per_s']:10.0f} {found['p50_ms']:7.0f} {found['p99_ms']:7.0f} "
-                      f"{cost:17.1f} {found['errors']:6}", flush=True)
+                cost = (
+                    1000
+                    * (server.cpu_seconds() - before)
+                    / (found["requests_per_s"] * (seconds + 2))
+                )
+                print(
+                    f"{nodes:5} {found['requests_per_s']:10.0f} {found['p50_ms']:7.0f} {found['p99_ms']:7.0f} "
+                    f"{cost:17.1f} {found['errors']:6}",
+                    flush=True,
+                )
                 if nodes == 1:
                     memory(server, found["requests_per_s"], requests)
         subprocess.run([sys.executable, HERE / "model.py", folder / "model"], check=True)
         with Nodes(folder, 1, replicas=2) as server:
-            asyncio.run(bench.closed_loop("template", 8, "equal", 5))  # what is not used yet is not read yet
+            asyncio.run(
+                bench.closed_loop("template", 8, "equal", 5)
+            )  # what is not used yet is not read yet
             for process in server.processes("ServeReplica"):
-                print("one of two replicas on a node: {:.0f} MB of weights mapped, its share {:.0f} MB".format(
-                    *memory_of_weights(process)))
+                print(
+                    "one of two replicas on a node: {:.0f} MB of weights mapped, its share {:.0f} MB".format(
+                        *memory_of_weights(process)
+                    )
+                )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def memory(server, rate, requests):
     """Print the memory of replica and proxy before and after so many requests."""
+
     def sizes():
-        return {name: round(each.memory_info().rss / 1e6) for name in ("ServeReplica", "ProxyActor")
-                for each in server.processes(name)}
+        return {
+            name: round(each.memory_info().rss / 1e6)
+            for name in ("ServeReplica", "ProxyActor")
+            for each in server.processes(name)
+        }
 
     before = sizes()
     asyncio.run(bench.closed_loop("template", 32, "equal", requests / rate))
-    print(f"MB before and after {requests} requests:", json.dumps(before), json.dumps(sizes()), flush=True)
+    print(
+        f"MB before and after {requests} requests:",
+        json.dumps(before),
+        json.dumps(sizes()),
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
-from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray._common.utils import import_attr
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.runtime_env import RuntimeEnv
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as call_builder
 from ray.serve._private.build_app import build_app
@@ -29,7 +29,10 @@ from ray.serve.schema import ServeDeploySchema
 def last_line(err: Any) -> str:
     """What went wrong, without the traceback before it."""
     lines = [line.strip() for line in str(err).splitlines() if line.strip()] or [repr(err)]
-    return next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b.*: ", line)), lines[-1])
+    return next(
+        (line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b.*: ", line)),
+        lines[-1],
+    )
 
 
 def keys_of(annotation: Any) -> dict[str, Any]:
@@ -40,7 +43,10 @@ def keys_of(annotation: Any) -> dict[str, Any]:
 
 
 # Ray's schema takes these two as any mapping, and looks into them later.
-MAPPINGS = {"autoscaling_config": keys_of(AutoscalingConfig), "runtime_env": dict.fromkeys(RuntimeEnv.known_fields)}
+MAPPINGS = {
+    "autoscaling_config": keys_of(AutoscalingConfig),
+    "runtime_env": dict.fromkeys(RuntimeEnv.known_fields),
+}
 
 
 def walk(value: Any, keys: dict[str, Any], path: str, faults: dict[str, str]) -> None:
@@ -54,7 +60,13 @@ def walk(value: Any, keys: dict[str, Any], path: str, faults: dict[str, str]) ->
         elif inner is None and type(None) not in get_args(keys[key]):
             faults[here] = "is blank; give it a value or take the line out"
         elif key == "env_vars" and isinstance(inner, dict):
-            faults.update({f"{here}.{n}": "is no text; quote it" for n, v in inner.items() if not isinstance(v, str)})
+            faults.update(
+                {
+                    f"{here}.{n}": "is no text; quote it"
+                    for n, v in inner.items()
+                    if not isinstance(v, str)
+                }
+            )
         else:
             walk(inner, MAPPINGS.get(key) or keys_of(keys[key]), here, faults)
 
@@ -73,17 +85,30 @@ def check_code(application: dict, path: str, faults: dict[str, str]) -> None:
     for i, deployment in enumerate(application.get("deployments", [])):
         here, found = f"{path}.deployments.{i}", known.get(deployment["name"])
         if found is None:
-            faults[f"{here}.name"] = f"no {deployment['name']} in {application['import_path']}, but {', '.join(known)}"
+            faults[f"{here}.name"] = (
+                f"no {deployment['name']} in {application['import_path']}, but {', '.join(known)}"
+            )
             continue
         user_config = deployment.get("user_config") or {}
         if user_config and not hasattr(found.func_or_class, "reconfigure"):
-            faults[f"{here}.user_config"] = f"{found.name} takes none; put its settings in `args` of the application"
+            faults[f"{here}.user_config"] = (
+                f"{found.name} takes none; put its settings in `args` of the application"
+            )
         ongoing = deployment.get("max_ongoing_requests", found.max_ongoing_requests)
-        batch = max([user_config.get("max_batch_size", 0), *(getattr(a, "max_batch_size", 0) for a in found.init_args)])
+        batch = max(
+            [
+                user_config.get("max_batch_size", 0),
+                *(getattr(a, "max_batch_size", 0) for a in found.init_args),
+            ]
+        )
         if batch > ongoing:
-            faults[f"{here}.max_ongoing_requests"] = f"{ongoing} at a time never fill a batch of max_batch_size {batch}"
+            faults[f"{here}.max_ongoing_requests"] = (
+                f"{ongoing} at a time never fill a batch of max_batch_size {batch}"
+            )
         if (deployment.get("autoscaling_config") or {}).get("target_ongoing_requests", 0) > ongoing:
-            faults[f"{here}.autoscaling_config"] = f"target_ongoing_requests is above max_ongoing_requests {ongoing}"
+            faults[f"{here}.autoscaling_config"] = (
+                f"target_ongoing_requests is above max_ongoing_requests {ongoing}"
+            )
 
 
 def check(config: Any) -> list[str]:
@@ -92,7 +117,9 @@ def check(config: Any) -> list[str]:
     walk(config, keys_of(ServeDeploySchema), "", faults)
     http = (config.get("http_options") if isinstance(config, dict) else None) or {}
     if "host" not in http:
-        faults["http_options.host"] = "is missing, and Ray listens everywhere; write 127.0.0.1, or 0.0.0.0 on purpose"
+        faults["http_options.host"] = (
+            "is missing, and Ray listens everywhere; write 127.0.0.1, or 0.0.0.0 on purpose"
+        )
     try:
         ServeDeploySchema.model_validate(config)
     except ValidationError as err:
@@ -103,15 +130,23 @@ def check(config: Any) -> list[str]:
         if not re.fullmatch("/|/.*[^/]", route):
             faults[f"{path}.route_prefix"] = "has to start with / and must not end with it"
         if len(application.get("name", "")) > 40:
-            faults[f"{path}.name"] = "has more than 40 characters, too many for the names Kubernetes makes of it"
+            faults[f"{path}.name"] = (
+                "has more than 40 characters, too many for the names Kubernetes makes of it"
+            )
         for j, deployment in enumerate(application.get("deployments", [])):
             try:
                 AutoscalingConfig.model_validate(deployment.get("autoscaling_config") or {})
             except ValidationError as err:
                 faults[f"{path}.deployments.{j}.autoscaling_config"] = err.errors()[0]["msg"]
-            if deployment.get("graceful_shutdown_timeout_s", 1e9) < (http.get("request_timeout_s") or 0):
-                faults[f"{path}.deployments.{j}.graceful_shutdown_timeout_s"] = "is less than request_timeout_s"
-        if not {"working_dir", "py_modules"} & application.get("runtime_env", {}).keys():  # else the code is elsewhere
+            if deployment.get("graceful_shutdown_timeout_s", 1e9) < (
+                http.get("request_timeout_s") or 0
+            ):
+                faults[f"{path}.deployments.{j}.graceful_shutdown_timeout_s"] = (
+                    "is less than request_timeout_s"
+                )
+        if (
+            not {"working_dir", "py_modules"} & application.get("runtime_env", {}).keys()
+        ):  # else the code is elsewhere
             check_code(application, path, faults)
     return [f"{path}: {fault}" for path, fault in faults.items()]
 
@@ -126,18 +161,31 @@ def deploy(config: dict, address: str, timeout: float) -> list[str]:
         apps = [running.get(each["name"], {}) for each in config["applications"]]
         if all(app.get("status") == "RUNNING" for app in apps):
             return []
-        told = [each for app in apps for each in (*app.get("deployments", {}).values(), app) if each.get("message")]
-        state = "; ".join(f"{each['name']} {each['status']}: {last_line(each['message'])}" for each in told)
+        told = [
+            each
+            for app in apps
+            for each in (*app.get("deployments", {}).values(), app)
+            if each.get("message")
+        ]
+        state = "; ".join(
+            f"{each['name']} {each['status']}: {last_line(each['message'])}" for each in told
+        )
         if any(app.get("status") in ("DEPLOY_FAILED", "UNHEALTHY") for app in apps):
             return [state]
     return [f"not running after {timeout:g} s. {state}"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file", type=Path)
-    parser.add_argument("--deploy", metavar="ADDRESS", help="of Ray's dashboard, such as http://127.0.0.1:8265")
-    parser.add_argument("--timeout", type=float, default=120, help="seconds to wait for RUNNING, default 120")
+    parser.add_argument(
+        "--deploy", metavar="ADDRESS", help="of Ray's dashboard, such as http://127.0.0.1:8265"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=120, help="seconds to wait for RUNNING, default 120"
+    )
     arguments = parser.parse_args()
     try:
         faults = check(config := yaml.safe_load(arguments.file.read_text("utf-8")))

@@ -2,23 +2,44 @@
 """Start a command in the image of Dockerfile-rayserve; `serve run CONFIG` as a container should.
 
     python rayserve_entrypoint.py serve run serve_config.yaml
+    python rayserve_entrypoint.py health serve_config.yaml      0 if the app answers its own example
 
-A wrong config ends it at once, with the reason. Told to stop (SIGTERM, SIGINT), it takes no new requests and ends when
-those that have begun are answered, while `serve run` alone drops them.
+A wrong config ends it at once, with the reason. On SIGTERM or SIGINT it takes no new requests and
+ends when the requests in flight are answered; `serve run` alone would drop them.
 """
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
+from pathlib import Path
 
 DASHBOARD = "http://127.0.0.1:8265"
 
 
+def check_health(config_file: str) -> None:
+    """Send each app the example from its own description; raise an error unless it answers."""
+    import yaml
+
+    config = yaml.safe_load(Path(config_file).read_text("utf-8"))
+    port = config["http_options"].get("port", 8000)
+    for application in config["applications"]:
+        route = application.get("route_prefix", "/").rstrip("/")
+        url = f"http://127.0.0.1:{port}{route}"
+        with urllib.request.urlopen(f"{url}/openapi.json", timeout=4) as reply:
+            described = json.load(reply)["paths"]["/"]["post"]["requestBody"]["content"]
+        body = json.dumps(described["application/json"]["example"]).encode()
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=5):
+            pass
+
+
 def drain() -> None:
-    """Take the applications away, and wait until their replicas have finished."""
-    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient  # not earlier: it takes 100 MB
+    """Remove the applications, and wait until their replicas have finished."""
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient  # here: it takes 100 MB
 
     client = ServeSubmissionClient(DASHBOARD)
     if client.get_serve_details()["applications"]:
@@ -27,27 +48,37 @@ def drain() -> None:
         time.sleep(0.1)
 
 
-def main(command: list[str]) -> int:
-    if command[:2] != ["serve", "run"] or not command[-1].endswith((".yaml", ".yml")):
-        os.execvp(command[0], command)
-    if subprocess.run([sys.executable, "check_serve_config.py", command[-1]]).returncode:
+def serve(command: list[str]) -> int:
+    """Run `serve run CONFIG` until it ends or a signal arrives; return its exit code."""
+    check = [sys.executable, "check_serve_config.py", command[-1]]
+    if subprocess.run(check).returncode:
         return 1
-    server = subprocess.Popen(command, start_new_session=True)  # so that Ctrl-C at a terminal reaches this process only
-    told: list[int] = []
+    # In a session of its own, so that Ctrl+C at a terminal reaches only this process.
+    server = subprocess.Popen(command, start_new_session=True)
+    received: list[int] = []
 
     def stop(number: int, _: object) -> None:
-        told.append(number)
-        signal.signal(number, signal.SIG_DFL)  # told twice, it ends at once
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends it at once
         try:
             drain()
-        except Exception as err:  # it is not up yet, or no longer
-            print(f"stopping without a drain: {type(err).__name__}", file=sys.stderr)
+        except Exception as error:  # it is not up yet, or no longer
+            print(f"stopping without a drain: {type(error).__name__}", file=sys.stderr)
         server.send_signal(signal.SIGINT)
 
-    for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, stop)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     code = server.wait()
-    return 0 if told else code  # Ray, told to stop while it starts, may end in any way
+    return 0 if received else code  # if Ray is stopped while it starts, its code means nothing
+
+
+def main(command: list[str]) -> int:
+    if command[0] == "health":
+        check_health(command[1])
+        return 0
+    if command[:2] == ["serve", "run"] and command[-1].endswith((".yaml", ".yml")):
+        return serve(command)
+    os.execvp(command[0], command)
 
 
 if __name__ == "__main__":

@@ -1,298 +1,706 @@
 # template_flow.py, version 0.1.0
-"""Train a small English-to-French translator with Metaflow and track it with Weights & Biases.
+"""Train a small English-to-French translator with Metaflow, tracked by Weights & Biases.
 
     python template_flow.py run --offline True        no account, no key, no network
     python template_flow.py run --offline False       tracked: needs WANDB_API_KEY and WANDB_PROJECT
 
-One unedited file for a laptop and for a cluster: the steps run where Metaflow is configured to run them
-(`outerbounds configure ...`), and here when it is not. `# YOUR CODE:` marks where your own work goes.
+The same file runs on a laptop and, after `outerbounds configure ...`, on a cluster. To train a
+model of your own, change the settings (section 1) and replace your work (sections 3 and 4); the
+flow and its mechanics (sections 2 and 5) work for any task.
 """
 
+import argparse
 import contextlib
 import hashlib
 import importlib
+import math
 import os
-import re
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from metaflow import Checkpoint, Config, FlowMutator, FlowSpec, Parameter, Step, card, checkpoint, current, kubernetes
-from metaflow import nvidia, pypi, requirements_txt_parser, retry, schedule, secrets, step
+import metaflow
+from metaflow import (
+    Checkpoint,
+    Config,
+    FlowMutator,
+    FlowSpec,
+    Parameter,
+    Step,
+    card,
+    checkpoint,
+    current,
+    kubernetes,
+    nvidia,
+    pypi,
+    requirements_txt_parser,
+    retry,
+    schedule,
+    secrets,
+    step,
+)
 from metaflow.cards import Markdown, Table, VegaChart
-from metaflow.exception import MetaflowException
+from metaflow.exception import MetaflowException, MetaflowNotFound
 from metaflow.metaflow_config import DEFAULT_DATASTORE, DEFAULT_ENVIRONMENT
 
-IMAGE = None  # YOUR CODE: "registry/name@sha256:...", built from Dockerfile; None: @pypi brings the packages
-SECRETS: list[str] = []  # YOUR CODE: names of secrets with WANDB_API_KEY, as ["outerbounds.wandb"]; never a key
-CRON = None  # YOUR CODE: when a deployed flow starts by itself, such as "0 6 * * 1"; None: never
-SCHEDULED = "argo-workflows" in sys.argv or "ARGO_WORKFLOW_NAME" in os.environ
-ON_CPU = kubernetes(image=IMAGE, cpu=2, memory=8_000, disk=10_000)  # memory and disk in MB
-# YOUR CODE: the GPU of `train`. @nvidia is for runs started by hand only, so a schedule takes one of the cluster
-ON_GPU = kubernetes(image=IMAGE, gpu=1, memory=16_000, disk=20_000) if SCHEDULED else nvidia(gpu=1, gpu_type="L40S")
-REQUIREMENTS = "".join(file.read_text() for file in Path(__file__).parent.glob("requirements.outerbounds.txt"))
-PREFIX = "translate English to French: "  # YOUR CODE: how T5 knows its task; the server has to have the same
-BATCH, MAX_TOKENS = 64, 128  # texts at once; longer texts are cut here, never where the model is served
-TENSORS = {"return_tensors": "pt", "padding": True, "truncation": True, "max_length": MAX_TOKENS}
+# isort: split
+# YOUR CODE: imports
+import time
+import unicodedata
+
+# -- 1. Settings -----------------------------------------------------------------------------------
+# YOUR CODE: settings
+
+IMAGE = None  # "registry/name@sha256:...", built from Dockerfile; None: @pypi installs the packages
+GPUS = 1  # of the step `train` on a cluster; 0: it runs on CPUs
+SECRETS: list[str] = []  # names of secrets that hold WANDB_API_KEY: ["outerbounds.wandb"]
+CRON = None  # when a deployed flow starts on its own: "0 6 * * 1"; None: only when it is triggered
+METRIC = "chrf"  # the score that decides whether a model is good enough: higher is better
+MINIMUM = 0.0  # what that score has to exceed, unless --minimum says otherwise
+MAX_SCORED = 1000  # held-out examples to score at most
 
 
-class Stop(MetaflowException):
-    """A mistake that the user can mend: shown as one line, without a traceback."""
+class Settings:
+    """Parameters of `run`: `--epochs 3` reaches your work as `settings.epochs`."""
+
+    data = Parameter("data", default="", help="TSV file, header source<TAB>target; none: demo data")
+    base_model = Parameter("base-model", default="", help="to fine-tune: google-t5/t5-small")
+    epochs = Parameter("epochs", type=int, default=14, help="passes over the training examples")
+    seconds = Parameter("seconds", type=float, default=0.0, help="longest training; 0: no limit")
+    seed = Parameter("seed", type=int, default=0, help="same seed and same data: same model")
 
 
-class Placement(FlowMutator):
-    """Drops what only a cluster understands while Metaflow is local; elsewhere refuses what cannot work, at once."""
+# -- 2. The flow -----------------------------------------------------------------------------------
+
+SCHEDULED = "argo-workflows" in sys.argv or "ARGO_WORKFLOW_NAME" in os.environ  # deploying, or run
+REQUIREMENTS = Path(__file__).with_name("requirements.outerbounds.txt")
+
+
+class LocalOrCluster(FlowMutator):
+    """Removes the decorators that the place where the flow runs does not support (section 5)."""
+
     def pre_mutate(self, mutable_flow):
-        environment = (re.findall(r"--environment[= ](\S+)", " ".join(sys.argv)) or [DEFAULT_ENVIRONMENT])[0]
-        needed = set(dict(mutable_flow.configs)["requirements"]["packages"])
-        for name, each in mutable_flow.steps:
-            for decorator in ("kubernetes", "nvidia", "pypi", "conda", "secrets", "retry"):
-                if DEFAULT_DATASTORE == "local" or (decorator == "pypi" and IMAGE and each.has_decorator("kubernetes")):
-                    each.remove_decorator(decorator)
-            on = {decorator: arguments for decorator, _, _, arguments in each.decorator_specs}
-            listed = {**on.get("conda", {}), **on.get("pypi", {})}.get("packages", {})
-            lacks = sorted(needed - set(listed() if callable(listed) else listed))  # a call gives a Config's value
-            for wrong, line in (
-                ("nvidia" in on and SCHEDULED, "@nvidia cannot be scheduled; use @kubernetes(gpu=1, memory=16_000)"),
-                ("nvidia" in on and lacks, f"@nvidia has what @pypi lists, add: {lacks}"),
-                (environment in ("pypi", "conda") and on.get("kubernetes", {}).get("image"),
-                 f"--environment={environment} hides the packages of the image; drop image= or --environment"),
-            ):
-                if wrong:
-                    raise Stop(f"step {name}: {line}")
-
-
-def require_wandb():
-    """Read `.env` where there is one; Stop when W&B needs what the environment does not have."""
-    importlib.import_module("dotenv").load_dotenv()  # a variable that is set wins
-    missing = [name for name in ("WANDB_API_KEY", "WANDB_PROJECT") if not os.environ.get(name)]
-    if missing and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
-        raise Stop(f"--offline False needs {' and '.join(missing)}, before the command or in .env; or --offline True")
-
-
-@contextlib.contextmanager
-def tracked(offline, **config):
-    """Yield one W&B run in every mode, so that logging needs no `if`; trouble with W&B never ends the training."""
-    os.environ.update({"WANDB_MODE": "offline"} if offline else {}, WANDB_ERROR_REPORTING="false")
-    import wandb  # set before: no request at all when offline, and no 20 s of reports to a server out of reach
-    if not offline:
-        require_wandb()
-    path = [current.flow_name, current.run_id, current.step_name]
-    options = dict(id="-".join([*path, current.task_id]), name="/".join(path[1:]), group="/".join(path[:2]), tags=path,
-                   resume="allow", config={**config, "run": path[1], "resumed_from": current.origin_run_id},
-                   settings=wandb.Settings(init_timeout=15, finish_timeout=15, console="off", silent=True))
-    try:
-        run = wandb.init(**options)
-    except wandb.Error as error:
-        print(f"W&B is out of reach, going on offline: {' '.join(str(error).split())}")
-        wandb.teardown()  # the next init would meet what is left of this one, and its mode
-        os.environ["WANDB_MODE"] = "offline"
-        run = wandb.init(**options)
-    print("W&B mode:", "disabled" if run.disabled else "offline" if run.offline else f"online, {run.url}")
-    try:
-        yield run
-    finally:
-        run.finish(exit_code=int(any(sys.exc_info())))  # 1 where the lines in the `with` failed
-        if not run.disabled:
-            print("To send W&B what it lacks: wandb sync", run.sync_dir, "" if run.offline else "--include-online")
-
-
-# YOUR CODE: read and check your own data
-def read_pairs(path):
-    """Return [(source, target), ...] from a UTF-8 TSV file with the header source<TAB>target; Stop names the line."""
-    try:
-        rows = [line.split("\t") for line in Path(path).read_text("utf-8-sig").rstrip("\n").split("\n")]
-    except OSError as error:
-        raise Stop(f"{path}: {error.strerror}; --data takes a TSV file") from None
-    except UnicodeDecodeError as error:
-        raise Stop(f"{path} line {error.object.count(10, 0, error.start) + 1}: not UTF-8; save it as UTF-8") from None
-    if rows[0] != ["source", "target"]:
-        raise Stop(f"{path} line 1: the header has to be source<TAB>target")
-    for number, cells in enumerate(rows, 1):
-        if len(cells) != 2 or any(cell.strip().lower() in ("", "nan") for cell in cells):
-            raise Stop(f"{path} line {number}: needs two texts separated by one tab, neither empty nor NaN")
-    return [(source, target) for source, target in rows[1:]]
-
-
-def demo_pairs():
-    """Return a small language of greetings and simple sentences, [(English, French), ...], always the same."""
-    greetings = {"Hello": "Bonjour", "Good morning": "Bonjour", "Welcome": "Bienvenue", "Thanks": "Merci"}
-    people = {"": "", " world": " le monde", " my friend": " mon ami", " my love": " mon amour", " sir": " monsieur",
-              " madam": " madame", " everyone": " tout le monde", " children": " les enfants", " doctor": " docteur",
-              " neighbour": " voisin", " ladies": " mesdames", " gentlemen": " messieurs", " teacher": " professeur"}
-    subjects = {"The cat": "Le chat", "The queen": "La reine", "My sister": "Ma sœur", "A child": "Un enfant"}
-    verbs = {"sees": "voit", "wants": "veut", "likes": "aime", "buys": "achète", "paints": "peint"}
-    nouns = {"house": "maison", "car": "voiture", "door": "porte", "table": "table", "flower": "fleur"}
-    adjectives = {"small ": "petite {}", "big ": "grande {}", "beautiful ": "belle {}", "": "{}", "red ": "{} rouge",
-                  "green ": "{} verte", "black ": "{} noire", "wonderful ": "{} merveilleuse"}
-    things = {f"{the} {adjective}{noun}": f"{la} {french.format(nouns[noun])}" for noun in nouns
-              for adjective, french in adjectives.items() for the, la in (("the", "la"), ("a", "une"))}
-    return [(hello + who + end, greetings[hello] + people[who] + fin) for hello in greetings for who in people
-            for end, fin in (("!", " !"), (".", "."), ("", ""))] + [
-        (f"{who} {does} {what}.", f"{subjects[who]} {verbs[does]} {things[what]}.")
-        for who in subjects for does in verbs for what in things]
-
-
-def split(pairs):
-    """Return (training, held-out) pairs, about 9:1, by the letters and digits of the source alone: none in both."""
-    keys = [re.sub(r"\W+", " ", source.casefold()).strip() or source for source, _ in pairs]
-    numbers = [int(hashlib.sha256(key.encode()).hexdigest(), 16) for key in keys]
-    held_out = {n for n in numbers if n % 10 == 9} or set(numbers[-1:])
-    if len(set(numbers)) <= len(held_out):
-        raise Stop(f"{len(pairs)} pairs are too few to train on some and hold out others; add more")
-    return [[pair for pair, n in zip(pairs, numbers) if (n in held_out) == side] for side in (False, True)]
-
-
-def load_model(place):
-    """Return (model, tokenizer) from a transformers folder or the hub."""
-    hf = importlib.import_module("transformers")  # a plain import costs Metaflow's lint more than a minute
-    try:
-        return hf.AutoModelForSeq2SeqLM.from_pretrained(place), hf.AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        raise Stop(f"no model at {place}: {str(error).strip().splitlines()[0]}") from None
-
-
-# YOUR CODE: build your own model, with its own vocabulary
-def new_model(pairs):
-    """Return (model, tokenizer), a T5 of 0.3 million parameters and a byte-level BPE of 1000 tokens at most."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    hf, byte_level = importlib.import_module("transformers"), pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = byte_level, decoders.ByteLevel()
-    bpe.train_from_iterator((text for s, t in pairs for text in (PREFIX + s, t)), trainers.BpeTrainer(
-        vocab_size=1000, special_tokens=["<pad>", "</s>"], initial_alphabet=byte_level.alphabet(), show_progress=False))
-    bpe.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return hf.T5ForConditionalGeneration(hf.T5Config(
-        vocab_size=bpe.get_vocab_size(), d_model=64, d_kv=16, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0,
-        decoder_start_token_id=0)), hf.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>", model_input_names=["input_ids", "attention_mask"])
-
-
-# YOUR CODE: train your own model
-def fit(model, tokenizer, pairs, checkpoints, seconds, **arguments):
-    """Train `model` in place, on from the checkpoint in the directory if there is one, and return what was logged."""
-    hf, begin = importlib.import_module("transformers"), time.monotonic()
-    class Watch(hf.TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            control.should_training_stop |= 0 < seconds < time.monotonic() - begin
-        def on_save(self, args, state, control, **_):
-            checkpoints.save()
-    def collate(rows):
-        labels = tokenizer([target for _, target in rows], **TENSORS).input_ids
-        return {**tokenizer([PREFIX + source for source, _ in rows], **TENSORS),
-                "labels": labels.masked_fill(labels == tokenizer.pad_token_id, -100)}  # -100: not in the loss
-    trainer = hf.Trainer(model, hf.TrainingArguments(  # picks CUDA, MPS or CPU by itself
-        checkpoints.directory, per_device_train_batch_size=BATCH, warmup_steps=20, logging_steps=0.04,
-        save_steps=0.1, save_total_limit=1, disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
-        report_to=["wandb"], **arguments), train_dataset=pairs, data_collator=collate, callbacks=[Watch])
-    trainer.train(resume_from_checkpoint=any(Path(checkpoints.directory).glob("checkpoint-*")))
-    return trainer.state.log_history
-
-
-def translate(model, tokenizer, texts):
-    """Return the greedy translation of each text."""
-    outputs = []
-    for at in range(0, len(texts), BATCH):
-        inputs = tokenizer([PREFIX + text for text in texts[at:at + BATCH]], **TENSORS).to(model.device)
-        ids = model.generate(**inputs, max_new_tokens=MAX_TOKENS, num_beams=1, do_sample=False)
-        outputs += tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return outputs
+        adapt_steps(mutable_flow)
 
 
 @schedule(cron=CRON, daily=False)
-@Placement()
-class TemplateFlow(FlowSpec):
-    """Sentence pairs in, a translator and its scores out."""
-    offline = Parameter("offline", type=bool, default=True, help="True: no key, no network. False: tracked by W&B")
-    data = Parameter("data", default="", help="TSV file with the header source<TAB>target; none: a small demo")
-    base_model = Parameter("base-model", default="", help="model to fine-tune, such as google-t5/t5-small; none: new")
-    epochs = Parameter("epochs", type=int, default=14, help="passes over the training pairs")
-    seconds = Parameter("seconds", type=float, default=0, help="stop the training after so many seconds; 0: never")
-    seed = Parameter("seed", type=int, default=0, help="same seed, same data: same model")
-    min_chrf = Parameter("min-chrf", type=float, default=0, help="fail below this chrF (0 to 100) on held-out pairs")
-    requirements = Config("requirements", parser=requirements_txt_parser, default_value=REQUIREMENTS)  # for @pypi
+@LocalOrCluster()
+class TemplateFlow(FlowSpec, Settings):
+    """Examples in, a model and its scores out."""
+
+    offline = Parameter(
+        "offline", type=bool, default=True, help="True: no key, no network. False: tracked by W&B"
+    )
+    minimum = Parameter(
+        "minimum", type=float, default=MINIMUM, help=f"fail unless {METRIC} is higher than this"
+    )
+    requirements = Config(  # what @pypi installs
+        "requirements",
+        parser=requirements_txt_parser,
+        default_value=REQUIREMENTS.read_text() if REQUIREMENTS.exists() else "",
+    )
 
     @step
     def start(self):
-        """Check what can be checked before any work, and read the pairs."""
-        if self.epochs < 1 or self.seconds < 0 or self.seed < 0:
-            raise Stop("--epochs has to be 1 or more, --seconds and --seed 0 or more")
-        if not self.offline and DEFAULT_DATASTORE == "local":  # on a cluster only the tracked steps have the key
-            require_wandb()
-        self.pairs = read_pairs(self.data) if self.data else demo_pairs()
+        """Check what can be checked before any work, and read the examples."""
+        if not self.offline and DEFAULT_DATASTORE == "local":
+            require_wandb()  # on a cluster, only the steps that are tracked have the key
+        with user_errors_in_one_line():
+            self.examples = read(settings=self)
         self.next(self.prepare)
 
-    @ON_CPU
+    # Larger data: raise memory and disk, both in MB.
+    @kubernetes(image=IMAGE, cpu=2, memory=8_000, disk=10_000)
     @step
     def prepare(self):
-        """Hold pairs out for the evaluation."""
-        self.training, self.held_out = split(self.pairs)
-        print(f"{len(self.training)} pairs to train on, {len(self.held_out)} held out")
+        """Hold out about a tenth of the examples for the evaluation."""
+        self.training, self.held_out = split(self.examples)
+        counts = f"{len(self.training)} to train on, {len(self.held_out)} held out"
+        self.examples_used = f"{counts}, SHA-256 {sha256(repr(self.examples)):x}"
+        print("examples:", counts)
         self.next(self.train)
 
     @retry(times=2)
     @checkpoint(show_card=False)
     @card(type="blank")
     @secrets(sources=SECRETS)
-    @ON_GPU
+    # A run that you start uses @nvidia; change gpu_type, or delete the line to use your own GPUs.
+    @nvidia(gpu=GPUS, gpu_type="L40S")
+    # A scheduled run uses @kubernetes, and every run if GPUS = 0. Larger models: more MB.
+    @kubernetes(image=IMAGE, gpu=GPUS or None, memory=16_000, disk=20_000)
     @pypi(python="3.11", packages=requirements.packages)
     @step
     def train(self):
-        """Train; after a crash, `@retry` and `resume` go on from the last checkpoint."""
-        importlib.import_module("transformers").set_seed(self.seed)
-        model, tokenizer = load_model(self.base_model) if self.base_model else new_model(self.training)
-        origin = Step(f"{current.flow_name}/{current.origin_run_id}/train") if current.origin_run_id else []
-        mine = os.environ["METAFLOW_CHECKPOINT_TASK_IDENTIFIER"]  # with `foreach`, each task has another one
-        for saved in [each for task in origin for each in Checkpoint().list(task=task)[:1] if mine in each["key"]]:
-            Checkpoint().load(saved, current.checkpoint.directory)
-        with tracked(self.offline, pairs=len(self.training)) as run:
-            log = fit(model, tokenizer, self.training, current.checkpoint, self.seconds, seed=self.seed,
-                      num_train_epochs=self.epochs, learning_rate=3e-4 if self.base_model else 5e-3)
-            current.card.append(Markdown(f"# Run {current.run_id}\nW&B: {'offline' if run.offline else run.url}"))
-            # YOUR CODE: log your own numbers: run.log({"name": 1.0})
-        self.losses = [{"step": line["step"], "loss": float(line["loss"])} for line in log if "loss" in line]
-        axes = {axis: {"field": name, "type": "quantitative"} for axis, name in {"x": "step", "y": "loss"}.items()}
-        current.card.append(VegaChart({"data": {"values": self.losses}, "mark": "line", "encoding": axes}))
-        tokenizer("")  # forgets padding and truncation, which would be saved too
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            self.model = {file.name: file.read_bytes() for file in Path(folder).iterdir()}  # read without torch
+        """Make the model, fit it, and keep its files; @retry and `resume` use its checkpoints."""
+        with user_errors_in_one_line():
+            model = new_model(self.training, settings=self)
+        restore_checkpoint()
+        with wandb_run(self) as run:
+            self.losses = fit(
+                model,
+                self.training,
+                settings=self,
+                folder=current.checkpoint.directory,
+                save_checkpoint=current.checkpoint.save,
+                log=run.log,
+            )
+            add_training_card(run, self.losses)
+        self.model = pack(model)
         self.next(self.evaluate)
 
     @card(type="blank")
     @secrets(sources=SECRETS)
-    @ON_CPU
+    # Larger models: raise memory and disk, both in MB.
+    @kubernetes(image=IMAGE, cpu=2, memory=8_000, disk=10_000)
     @pypi(python="3.11", packages=requirements.packages)
     @step
     def evaluate(self):
-        """Score the model on pairs it has never seen."""
-        from sacrebleu.metrics import CHRF
-        with tempfile.TemporaryDirectory() as folder:
-            for name, content in self.model.items():
-                Path(folder, name).write_bytes(content)
-            model, tokenizer = load_model(folder)
-        sources, targets = zip(*self.held_out[::1 + len(self.held_out) // 1000])  # a thousand tell enough
-        rows = list(zip(sources, targets, translate(model, tokenizer, sources)))
-        right = [(source, target) for source, target, output in rows if output == target]
-        self.known_answers = dict(right[::1 + len(right) // 5])  # tried again where the model is served
-        self.scores = {"held_out_pairs": len(rows), "exact_match": 100 * len(right) / len(rows),  # YOUR CODE: yours too
-                       "chrf": CHRF().corpus_score([row[2] for row in rows], [targets]).score,
-                       "chrf_of_copying": CHRF().corpus_score(sources, [targets]).score}
-        current.card.append(Table([[str(round(n, 1)) for n in self.scores.values()]], headers=list(self.scores)))
-        current.card.append(Table([[text[:90] for text in row] for row in rows[:50]], ["source", "target", "output"]))
-        with tracked(self.offline) as run:
+        """Score the model on examples it has never seen, and fail if it is not good enough."""
+        model = unpack(self.model)
+        examples = at_most(MAX_SCORED, self.held_out)
+        outputs = predict(model, examples)
+        scores, tables = score(examples, outputs)
+        self.scores = {name: float(value) for name, value in scores.items()}
+        self.known_answers = known_answers(examples, outputs)
+        add_evaluation_card(self.scores, tables)
+        with wandb_run(self) as run:
             run.summary.update(self.scores)
-        if self.scores["chrf"] <= max(self.min_chrf, self.scores["chrf_of_copying"]):
-            raise Stop(f"not good enough: {self.scores} against --min-chrf {self.min_chrf}")
+        require_quality(self.scores, self.minimum)
         self.next(self.end)
 
     @step
     def end(self):
-        """Say what came out and what comes next."""
-        print("held-out scores:", ", ".join(f"{name} {round(score, 1)}" for name, score in self.scores.items()))
-        print('next: python export_model.py && serve run template_ray_serve:translator_app --route-prefix "/translate"')
+        """Print the scores and the next command."""
+        print(
+            "held-out scores:",
+            ", ".join(f"{name} {value:#.4g}" for name, value in self.scores.items()),
+        )
+        print(
+            "next: python export_model.py && "
+            'serve run template_ray_serve:translator_app --route-prefix "/translate"'
+        )
+
+
+# -- 3. Your work ----------------------------------------------------------------------------------
+# YOUR CODE: begin
+#
+# Replace what these functions do and keep their names. Nothing between `begin` and `end` needs
+# Metaflow: test it alone, or move it to a module and write `from my_work import *` here.
+# `settings` is any object with the parameters of section 1, such as `settings.epochs`.
+
+TASK = "translation_en_to_fr"  # task and languages, as transformers names them
+PREFIX = "translate English to French: "  # how a T5 is told its task
+MAX_TOKENS = 128  # of a source, and of a target; longer ones are cut in training
+BATCH_SIZE = 64
+LEARNING_RATE = 5e-3  # of a new model
+FINE_TUNING_LEARNING_RATE = 3e-4  # of --base-model
+
+
+class UserError(Exception):
+    """A mistake in data or settings: ends the run with this one line, without a traceback."""
+
+
+def read(settings):
+    """Return the examples, here [(source, target), ...]: plain data, of any type.
+
+    Called once, in `start`. Raises UserError for settings or data that cannot be used.
+    """
+    if settings.epochs < 1 or settings.seconds < 0 or settings.seed < 0:
+        raise UserError("--epochs has to be 1 or more, --seconds and --seed 0 or more")
+    if not settings.data:
+        return demo_pairs()
+    return read_pairs(settings.data)
+
+
+def read_pairs(path):
+    """Return [(source, target), ...] from a UTF-8 TSV file with the header source<TAB>target."""
+    try:
+        text = Path(path).read_text("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; --data takes a TSV file") from None
+    except UnicodeDecodeError as error:
+        line = 1 + error.object.count(b"\n", 0, error.start)
+        raise UserError(f"{path} line {line}: not UTF-8; save it as UTF-8") from None
+    rows = [line.split("\t") for line in text.rstrip("\n").split("\n")]
+    if rows[0] != ["source", "target"]:
+        raise UserError(f"{path} line 1: the header has to be source<TAB>target")
+    for number, row in enumerate(rows, start=1):
+        if len(row) != 2 or any(cell.strip().lower() in ("", "nan") for cell in row):
+            raise UserError(
+                f"{path} line {number}: needs two texts separated by one tab, neither empty nor NaN"
+            )
+    return [(source, target) for source, target in rows[1:]]
+
+
+def key(example):
+    """Return a text: examples with the same key never stand on both sides of the split.
+
+    Here the letters and digits of the source: "Hello!" and "hello" are one sentence.
+    """
+    source, _ = example
+    text = unicodedata.normalize("NFKC", source).casefold()
+    words = "".join(character if character.isalnum() else " " for character in text).split()
+    return " ".join(words) or source
+
+
+def new_model(examples, settings):
+    """Return a model to train, of any type: `fit`, `save` and `predict` get it as it is.
+
+    Here (model, tokenizer): the base model, or a T5 of 0.3 million parameters with a byte-level
+    BPE of at most 1000 tokens. `examples` are those to train on. May raise UserError.
+    """
+    transformers = import_transformers()
+    transformers.set_seed(settings.seed)
+    if settings.base_model:
+        return load(settings.base_model)
+    tokenizer = new_tokenizer(examples)
+    config = transformers.T5Config(
+        vocab_size=len(tokenizer),
+        d_model=64,
+        d_kv=16,
+        d_ff=256,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
+    return transformers.T5ForConditionalGeneration(config), tokenizer
+
+
+def new_tokenizer(examples):
+    """Return a byte-level BPE tokenizer made from the examples."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        special_tokens=["<pad>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [text for source, target in examples for text in (PREFIX + source, target)]
+    bpe.train_from_iterator(texts, trainer)
+    end = ("</s>", bpe.token_to_id("</s>"))
+    bpe.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[end])
+    return import_transformers().PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token="<pad>",
+        eos_token="</s>",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def fit(model, examples, settings, folder, save_checkpoint, log):
+    """Train `model` in place; return [{"step": 1, "loss": 2.0}, ...] for the loss curve.
+
+    `folder` holds the last checkpoint when an interrupted training continues, else nothing. Write
+    a checkpoint there and call `save_checkpoint()` as often as you can afford to lose what lies
+    between. `log({"name": 1.0})` sends numbers to W&B, and works without W&B too.
+    """
+    network, tokenizer = model
+    transformers = import_transformers()
+    begin = time.monotonic()
+
+    class Callback(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if settings.seconds and time.monotonic() - begin > settings.seconds:
+                control.should_training_stop = True
+
+        def on_save(self, args, state, control, **kwargs):
+            save_checkpoint()
+
+        def on_log(self, args, state, control, logs, **kwargs):
+            numbers = {f"train/{name}": value for name, value in logs.items()}
+            log({**numbers, "train/global_step": state.global_step})
+
+    def collate(pairs):
+        sources, targets = zip(*pairs)
+        batch = tokenize(tokenizer, sources, targets)
+        padding = batch["labels"] == tokenizer.pad_token_id
+        batch["labels"] = batch["labels"].masked_fill(padding, -100)  # -100: not part of the loss
+        return batch
+
+    arguments = transformers.TrainingArguments(
+        output_dir=folder,
+        num_train_epochs=settings.epochs,
+        learning_rate=FINE_TUNING_LEARNING_RATE if settings.base_model else LEARNING_RATE,
+        seed=settings.seed,
+        per_device_train_batch_size=BATCH_SIZE,
+        warmup_steps=20,
+        logging_steps=0.04,  # of all steps
+        save_steps=0.1,  # of all steps
+        save_total_limit=1,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        report_to="none",
+    )
+    trainer = transformers.Trainer(
+        network, arguments, train_dataset=examples, data_collator=collate, callbacks=[Callback]
+    )
+    trainer.train(resume_from_checkpoint=any(Path(folder).glob("checkpoint-*")))
+    return [
+        {"step": line["step"], "loss": float(line["loss"])}
+        for line in trainer.state.log_history
+        if "loss" in line
+    ]
+
+
+def tokenize(tokenizer, sources, targets=None):
+    """Return tensors. Text is text, as where the model is served: "</s>" in it ends nothing."""
+    return tokenizer(
+        [PREFIX + source for source in sources],
+        text_target=targets,
+        split_special_tokens=True,
+        truncation=True,
+        max_length=MAX_TOKENS,
+        padding=True,
+        return_tensors="pt",
+    )
+
+
+def save(model, folder):
+    """Write all that serving needs into an empty folder. These files become `model/`."""
+    network, tokenizer = model
+    # The server reads the prefix and the limits where transformers keeps them.
+    network.config.task_specific_params = {TASK: {"prefix": PREFIX}}
+    network.generation_config.max_length = None
+    network.generation_config.max_new_tokens = MAX_TOKENS
+    tokenizer.model_max_length = MAX_TOKENS
+    tokenizer("")  # resets padding and truncation, which would be saved too
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load(folder):
+    """Return the model that `save` wrote, as `new_model` does; here also one from the hub."""
+    transformers = import_transformers()
+    try:
+        # However the weights are stored, they are trained in float32.
+        network = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype="float32")
+        return network, transformers.AutoTokenizer.from_pretrained(folder)
+    except (ImportError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"no model at {folder}: {reason}") from None
+
+
+def predict(model, examples):
+    """Return one output for each example, as the server would; here the greedy translation."""
+    network, tokenizer = model
+    outputs = []
+    for start in range(0, len(examples), BATCH_SIZE):
+        sources = [source for source, _ in examples[start : start + BATCH_SIZE]]
+        inputs = tokenize(tokenizer, sources).to(network.device)
+        tokens = network.generate(**inputs, max_new_tokens=MAX_TOKENS, num_beams=1, do_sample=False)
+        outputs += tokenizer.batch_decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+    return outputs
+
+
+def score(examples, outputs):
+    """Return (scores, tables): {name: number} with METRIC among the names, and {title: rows}.
+
+    A score called "baseline_" + METRIC is what METRIC has to exceed, here that of copying the
+    source. The first row of a table is its header; the tables go to the card of `evaluate`.
+    """
+    from sacrebleu.metrics import CHRF
+
+    sources, targets = zip(*examples)
+    right = sum(output == target for output, target in zip(outputs, targets))
+    scores = {
+        "exact_match": 100 * right / len(examples),
+        "chrf": CHRF().corpus_score(outputs, [targets]).score,
+        "baseline_chrf": CHRF().corpus_score(sources, [targets]).score,
+    }
+    samples = list(zip(sources, targets, outputs))
+    return scores, {"Samples": [("source", "target", "output"), *samples[:50]]}
+
+
+def known_answers(examples, outputs):
+    """Return a few [(request, answer), ...] as JSON, in the form of the server's API.
+
+    The server gives each of these answers again before it serves. Its page shows the first one.
+    Where there are few different answers, have an example of each.
+    """
+    right = [
+        ({"text": source}, {"translation": output})
+        for (source, target), output in zip(examples, outputs)
+        if output == target
+    ]
+    step = 1 + len(right) // 5
+    return right[::step]
+
+
+def import_transformers():
+    """Return the package. With a plain import, Metaflow's lint takes minutes, then fails."""
+    return importlib.import_module("transformers")
+
+
+# -- 4. Demo data: delete it when you have your own ------------------------------------------------
+
+
+def demo_pairs():
+    """Return greetings and simple sentences, [(English, French), ...], always the same."""
+    return [*demo_greetings(), *demo_sentences()]
+
+
+def demo_greetings():
+    """Return pairs such as ("Hello world!", "Bonjour le monde !")."""
+    greetings = {"Hello": "Bonjour", "Welcome": "Bienvenue", "Thanks": "Merci"}
+    greetings["Good morning"] = "Bonjour"
+    people = {
+        "world": "le monde",
+        "my friend": "mon ami",
+        "my love": "mon amour",
+        "sir": "monsieur",
+    }
+    people |= {"madam": "madame", "everyone": "tout le monde", "children": "les enfants"}
+    people |= {"doctor": "docteur", "neighbour": "voisin", "ladies": "mesdames"}
+    people |= {"gentlemen": "messieurs", "teacher": "professeur"}
+    ends = {"!": " !", ".": ".", "": ""}
+    alone = [(hello + end, greetings[hello] + ends[end]) for hello in greetings for end in ends]
+    return alone + [
+        (f"{hello} {person}{end}", f"{greetings[hello]} {people[person]}{ends[end]}")
+        for hello in greetings
+        for person in people
+        for end in ends
+    ]
+
+
+def demo_sentences():
+    """Return pairs such as ("The cat sees a red car.", "Le chat voit une voiture rouge.")."""
+    subjects = {"The cat": "Le chat", "The queen": "La reine", "My sister": "Ma sœur"}
+    subjects["A child"] = "Un enfant"
+    verbs = {"sees": "voit", "wants": "veut", "likes": "aime", "buys": "achète", "paints": "peint"}
+    nouns = {"house": "maison", "car": "voiture", "door": "porte", "table": "table"}
+    nouns["flower"] = "fleur"
+    before = {"small": "petite", "big": "grande", "beautiful": "belle"}  # the noun, in French
+    after = {"red": "rouge", "green": "verte", "black": "noire", "wonderful": "merveilleuse"}
+    things = {f"the {noun}": f"la {french}" for noun, french in nouns.items()}
+    for noun, french in nouns.items():
+        things |= {f"the {word} {noun}": f"la {before[word]} {french}" for word in before}
+        things |= {f"the {word} {noun}": f"la {french} {after[word]}" for word in after}
+    things |= {f"a{the[3:]}": f"une{la[2:]}" for the, la in things.items()}
+    return [
+        (f"{who} {does} {thing}.", f"{subjects[who]} {verbs[does]} {things[thing]}.")
+        for who in subjects
+        for does in verbs
+        for thing in things
+    ]
+
+
+# YOUR CODE: end
+# -- 5. Mechanics: the same for every task ---------------------------------------------------------
+
+
+@contextlib.contextmanager
+def user_errors_in_one_line():
+    """Turn UserError into the error that Metaflow shows without a traceback."""
+    try:
+        yield
+    except UserError as error:
+        raise MetaflowException(str(error)) from None
+
+
+def split(examples):
+    """Return (training, held_out), about 9:1. A key never changes sides, even when data grows."""
+    hashes = [sha256(key(example)) for example in examples]
+    held_out_hashes = {number for number in hashes if number % 10 == 9} or set(hashes[-1:])
+    if len(set(hashes)) <= len(held_out_hashes):
+        raise MetaflowException(
+            f"{len(examples)} examples are too few to train on some and hold out others; add more"
+        )
+    training = [
+        example for example, number in zip(examples, hashes) if number not in held_out_hashes
+    ]
+    held_out = [example for example, number in zip(examples, hashes) if number in held_out_hashes]
+    return training, held_out
+
+
+def sha256(text):
+    """Return the hash of a text as a number."""
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16)
+
+
+def at_most(limit, examples):
+    """Return all examples, or so many of them, evenly spaced."""
+    step = max(1, math.ceil(len(examples) / limit))
+    return examples[::step]
+
+
+def pack(model):
+    """Return the files of a model, {name: bytes}, which can be read without its packages."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, folder)
+        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
+def unpack(files):
+    """Return the model that `pack` was given."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            Path(folder, name).write_bytes(content)
+        return load(folder)
+
+
+def require_quality(scores, minimum):
+    """Fail unless METRIC exceeds the minimum and its baseline. NaN exceeds nothing."""
+    if METRIC not in scores:
+        raise MetaflowException(f"METRIC is {METRIC!r}, but score() returned {', '.join(scores)}")
+    baseline = scores.get(f"baseline_{METRIC}", -math.inf)
+    if not (scores[METRIC] > minimum and scores[METRIC] > baseline):
+        raise MetaflowException(f"not good enough: {scores} with --minimum {minimum}")
+
+
+def restore_checkpoint():
+    """On `resume`, load the last checkpoint of the run that is resumed. @retry loads its own."""
+    if not current.origin_run_id:
+        return
+    this_task = os.environ["METAFLOW_CHECKPOINT_TASK_IDENTIFIER"]  # tells tasks of a foreach apart
+    metaflow.namespace(None)  # the run may be somebody else's
+    try:
+        tasks = list(Step(f"{current.flow_name}/{current.origin_run_id}/train"))
+    except MetaflowNotFound:
+        return  # it failed before `train`
+    for task in tasks:
+        for saved in Checkpoint().list(task=task)[:1]:
+            if this_task in saved["key"]:
+                Checkpoint().load(saved, current.checkpoint.directory)
+
+
+def require_wandb():
+    """Read `.env` if there is one, and fail if W&B needs a variable that is not set."""
+    importlib.import_module("dotenv").load_dotenv()  # a variable that is set already wins
+    names = ("WANDB_API_KEY", "WANDB_PROJECT")
+    missing = [name for name in names if not os.environ.get(name)]
+    if missing and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
+        raise MetaflowException(
+            f"--offline False needs {' and '.join(missing)}, before the command or in .env; "
+            "or --offline True"
+        )
+
+
+@contextlib.contextmanager
+def wandb_run(flow):
+    """Yield a W&B run that logs in every mode. No failure of W&B stops the training."""
+    if flow.offline:
+        os.environ["WANDB_MODE"] = "offline"  # set before the import, it makes no request at all
+    else:
+        require_wandb()
+    os.environ["WANDB_ERROR_REPORTING"] = "false"  # saves 20 s if W&B cannot be reached
+    import wandb
+
+    path = [current.flow_name, current.run_id, current.step_name]
+    options = {
+        "id": "-".join([*path, current.task_id]),
+        "name": "/".join(path[1:]),
+        "group": "/".join(path[:2]),
+        "tags": path,
+        "resume": "allow",
+        "config": {
+            **parameters_of(flow),
+            "examples": len(flow.training),
+            "run": current.run_id,
+            "resumed_from": current.origin_run_id,
+        },
+        "settings": wandb.Settings(init_timeout=15, finish_timeout=15, console="off", silent=True),
+    }
+    try:
+        run = wandb.init(**options)
+    except wandb.Error as error:
+        print(f"W&B cannot be reached, continuing offline: {' '.join(str(error).split())}")
+        wandb.teardown()  # forgets the failed run and its mode
+        os.environ["WANDB_MODE"] = "offline"
+        run = wandb.init(**options)
+    print("W&B mode:", mode_of(run))
+    exit_code = 1
+    try:
+        yield run
+        exit_code = 0
+    finally:
+        run.finish(exit_code=exit_code)
+        if not run.disabled:
+            option = "" if run.offline else "--include-online"
+            print("Upload what W&B is missing: wandb sync", run.sync_dir, option)
+
+
+def mode_of(run):
+    """Return "disabled", "offline", or "online" with the address of the run."""
+    if run.disabled:
+        return "disabled"
+    return "offline" if run.offline else f"online, {run.url}"
+
+
+def parameters_of(flow):
+    """Return {name: value} of the parameters of a run."""
+    names = [name for name in current.parameter_names if name != "requirements"]  # a Config
+    return {name: getattr(flow, name) for name in names}
+
+
+def add_training_card(run, losses):
+    """Show the W&B run and the loss curve."""
+    current.card.append(Markdown(f"# Run {current.run_id}\nW&B: {mode_of(run)}"))
+    axes = {
+        "x": {"field": "step", "type": "quantitative"},
+        "y": {"field": "loss", "type": "quantitative"},
+    }
+    current.card.append(VegaChart({"data": {"values": losses}, "mark": "line", "encoding": axes}))
+
+
+def add_evaluation_card(scores, tables):
+    """Show the scores and the tables that `score` returned."""
+    values = [f"{value:#.4g}" for value in scores.values()]
+    current.card.append(Table([values], headers=list(scores)))
+    for title, (header, *rows) in tables.items():
+        cells = [[str(cell)[:90] for cell in row] for row in rows]
+        current.card.append(Markdown(f"## {title}"))
+        current.card.append(Table(cells, headers=list(header)))
+
+
+def adapt_steps(mutable_flow):
+    """Keep the decorators that work where the flow runs, and refuse what cannot work anywhere."""
+    required = set(dict(mutable_flow.configs)["requirements"]["packages"])
+    for name, mutable_step in mutable_flow.steps:
+        if DEFAULT_DATASTORE == "local":
+            for decorator in ("kubernetes", "nvidia", "pypi", "conda", "secrets", "retry"):
+                mutable_step.remove_decorator(decorator)
+            continue
+        if mutable_step.has_decorator("nvidia") and mutable_step.has_decorator("kubernetes"):
+            use_kubernetes = SCHEDULED or not GPUS  # Argo Workflows does not know @nvidia
+            mutable_step.remove_decorator("nvidia" if use_kubernetes else "kubernetes")
+        if IMAGE and mutable_step.has_decorator("kubernetes"):
+            mutable_step.remove_decorator("pypi")  # the image has the packages
+        refuse_what_cannot_run(name, mutable_step, required)
+
+
+def refuse_what_cannot_run(name, mutable_step, required):
+    """Fail before any work if the decorators of a step contradict each other."""
+    found = {decorator: attributes for decorator, _, _, attributes in mutable_step.decorator_specs}
+    if "nvidia" in found and SCHEDULED:
+        raise MetaflowException(
+            f"step {name}: @nvidia cannot be scheduled; use @kubernetes(gpu=1, memory=16_000)"
+        )
+    listed = found.get("pypi", found.get("conda", {})).get("packages", {})
+    packages = listed() if callable(listed) else listed  # a call gives the value of a Config
+    missing = sorted(required - set(packages))
+    if "nvidia" in found and missing:
+        raise MetaflowException(f"step {name}: @nvidia has what @pypi lists, add: {missing}")
+    environment = chosen_environment()
+    if environment in ("pypi", "conda") and found.get("kubernetes", {}).get("image"):
+        raise MetaflowException(
+            f"step {name}: --environment={environment} hides the packages of the image; "
+            "drop image= or --environment"
+        )
+
+
+def chosen_environment():
+    """Return --environment, which Metaflow itself reads only after this."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--environment", default=DEFAULT_ENVIRONMENT)
+    return parser.parse_known_args()[0].environment
 
 
 if __name__ == "__main__":

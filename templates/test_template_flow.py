@@ -25,14 +25,25 @@ import template_flow  # noqa: E402  (Metaflow reads the environment when it is i
 
 def clean_environment(folder):
     """The environment in which everything that Metaflow writes goes to `folder`."""
-    return {**os.environ, "METAFLOW_HOME": str(folder / "none"), "METAFLOW_CLIENT_CACHE_PATH": str(folder / "cache")}
+    return {
+        **os.environ,
+        "METAFLOW_HOME": str(folder / "none"),
+        "METAFLOW_CLIENT_CACHE_PATH": str(folder / "cache"),
+    }
 
 
 def run(folder, *arguments, command=("run",), seconds=300, **environment):
     """Run the flow in `folder`; return (exit code, everything it printed)."""
-    done = subprocess.run([sys.executable, str(FLOW), "--no-pylint", *command, *arguments], cwd=folder, timeout=seconds,
-                          env={**clean_environment(folder), **environment}, text=True, encoding="utf-8",
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        [sys.executable, str(FLOW), "--no-pylint", *command, *arguments],
+        cwd=folder,
+        timeout=seconds,
+        env={**clean_environment(folder), **environment},
+        text=True,
+        encoding="utf-8",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     return done.returncode, done.stdout
 
 
@@ -46,17 +57,31 @@ from metaflow import Flow
 task = next(iter(Flow("TemplateFlow")))["{step}"].task
 sys.stdout.buffer.write(pickle.dumps({{artifact.id: artifact.data for artifact in task}}))
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=folder, env=clean_environment(folder), timeout=100,
-                          check=True, stdout=subprocess.PIPE)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=folder,
+        env=clean_environment(folder),
+        timeout=100,
+        check=True,
+        stdout=subprocess.PIPE,
+    )
     return pickle.loads(done.stdout)
 
 
 def cards(folder, step):
     """What the HTML cards of the newest run's step show, as JSON."""
-    newest = max((folder / ".metaflow/mf.cards/TemplateFlow/runs").iterdir(), key=lambda path: int(path.name))
+    newest = max(
+        (folder / ".metaflow/mf.cards/TemplateFlow/runs").iterdir(), key=lambda path: int(path.name)
+    )
     files = newest.glob(f"steps/{step}/tasks/*/cards/*.html")
-    data = [re.findall(r'__MF_DATA__\["[^"]+"\] = "([^"]+)"', file.read_text("utf-8")) for file in files]
-    return [json.dumps(json.loads(base64.b64decode(each)), ensure_ascii=False) for one in data for each in one]
+    data = [
+        re.findall(r'__MF_DATA__\["[^"]+"\] = "([^"]+)"', file.read_text("utf-8")) for file in files
+    ]
+    return [
+        json.dumps(json.loads(base64.b64decode(each)), ensure_ascii=False)
+        for one in data
+        for each in one
+    ]
 
 
 def pairs_file(path, pairs):
@@ -94,17 +119,27 @@ def test_demo_says_what_came_out_and_what_comes_next(demo):
 def test_training_card_draws_the_losses_of_this_run(demo):
     losses = artifacts(demo[0], "train")["losses"]
     assert len(losses) >= 20 and losses[-1]["loss"] < losses[0]["loss"] / 50
-    assert any(json.dumps(losses) in card and "W&B: offline" in card for card in cards(demo[0], "train"))
+    assert any(
+        json.dumps(losses) in card and "W&B: offline" in card for card in cards(demo[0], "train")
+    )
 
 
 def test_evaluation_card_shows_samples(demo):
     found = artifacts(demo[0], "evaluate")
     source, target = found["held_out"][0]
-    assert any(source in card and target in card and "exact_match" in card for card in cards(demo[0], "evaluate"))
+    assert any(
+        source in card and target in card and "exact_match" in card
+        for card in cards(demo[0], "evaluate")
+    )
 
 
 def test_same_seed_same_model_and_another_seed_another(tmp_path):
-    short = ("--epochs", "1", "--min-chrf", "100")  # fails in evaluate, long after the model is there
+    short = (
+        "--epochs",
+        "1",
+        "--min-chrf",
+        "100",
+    )  # fails in evaluate, long after the model is there
     models = []
     for seed in ("5", "5", "6"):
         code, output = run(tmp_path, *short, "--seed", seed)
@@ -120,7 +155,9 @@ def test_finetunes_a_given_model_on_given_pairs(demo, tmp_path):
         (base / name).write_bytes(content)
     pairs = [(source, f"{target} (fr)") for source, target in template_flow.demo_pairs()]
     data = pairs_file(tmp_path / "pairs.tsv", pairs)
-    code, output = run(tmp_path, "--data", data, "--base-model", str(base), "--epochs", "100", "--seconds", "10")
+    code, output = run(
+        tmp_path, "--data", data, "--base-model", str(base), "--epochs", "100", "--seconds", "10"
+    )
     assert code == 0, output
     found = artifacts(tmp_path, "evaluate")
     assert sorted(found["training"] + found["held_out"]) == sorted(pairs)
@@ -160,7 +197,11 @@ def test_bad_data_is_named_with_its_line(case, tmp_path):
 
 
 def test_good_data_is_read_as_it_stands(tmp_path):
-    pairs = [("  %(name)s\u00a0: <b>é</b> ", '"quoted" \u2028 text'), ("None", "Aucun"), ("nan bread", "pain nan")]
+    pairs = [
+        ("  %(name)s\u00a0: <b>é</b> ", '"quoted" \u2028 text'),
+        ("None", "Aucun"),
+        ("nan bread", "pain nan"),
+    ]
     plain = pairs_file(tmp_path / "plain.tsv", pairs)
     assert template_flow.read_pairs(plain) == pairs
     windows = tmp_path / "windows.tsv"  # a byte order mark and CR LF, as Excel writes them
@@ -168,16 +209,19 @@ def test_good_data_is_read_as_it_stands(tmp_path):
     assert template_flow.read_pairs(str(windows)) == pairs
 
 
-@pytest.mark.parametrize("arguments, expected", [
-    (("--data", "nowhere.tsv"), "nowhere.tsv: No such file or directory"),
-    (("--data", "."), "Is a directory"),
-    (("--epochs", "0"), "--epochs has to be 1 or more"),
-    (("--epochs", "many"), "many is not a valid integer"),
-    (("--seconds", "-1"), "--seconds"),
-    (("--offline", "maybe"), "maybe is not a valid boolean"),
-    (("--base-model", "./nowhere", "--epochs", "1"), "no model at ./nowhere"),
-    (("--offline", "False"), "--offline False needs WANDB_API_KEY and WANDB_PROJECT"),
-])
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (("--data", "nowhere.tsv"), "nowhere.tsv: No such file or directory"),
+        (("--data", "."), "Is a directory"),
+        (("--epochs", "0"), "--epochs has to be 1 or more"),
+        (("--epochs", "many"), "many is not a valid integer"),
+        (("--seconds", "-1"), "--seconds"),
+        (("--offline", "maybe"), "maybe is not a valid boolean"),
+        (("--base-model", "./nowhere", "--epochs", "1"), "no model at ./nowhere"),
+        (("--offline", "False"), "--offline False needs WANDB_API_KEY and WANDB_PROJECT"),
+    ],
+)
 def test_mistakes_get_one_line(arguments, expected, tmp_path):
     code, output = run(tmp_path, *arguments)
     assert code != 0 and expected in output and "Traceback" not in output, output
@@ -187,22 +231,39 @@ def test_mistakes_get_one_line(arguments, expected, tmp_path):
 def test_check_passes_lint_in_any_setting(name, value, tmp_path):
     (tmp_path / "config_local.json").write_text("{}")
     environment = {**clean_environment(tmp_path), "METAFLOW_HOME": str(tmp_path), name: value}
-    done = subprocess.run([sys.executable, str(FLOW), "check"], cwd=tmp_path, env=environment, timeout=60, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        [sys.executable, str(FLOW), "check"],
+        cwd=tmp_path,
+        env=environment,
+        timeout=60,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert done.returncode == 0 and "Pylint is happy" in done.stdout, done.stdout
 
 
 def test_importing_the_flow_loads_nothing_heavy(tmp_path):
     script = "import sys, template_flow; print(sorted({'torch', 'transformers', 'wandb', 'ray'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", script], cwd=FLOW.parent, env=clean_environment(tmp_path),
-                          timeout=60, text=True, stdout=subprocess.PIPE, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=FLOW.parent,
+        env=clean_environment(tmp_path),
+        timeout=60,
+        text=True,
+        stdout=subprocess.PIPE,
+        check=True,
+    )
     assert done.stdout.strip() == "[]"
 
 
 def test_split_never_leaks_and_does_not_move_when_data_grows():
     pairs = template_flow.demo_pairs()
     training, held_out = template_flow.split(pairs)
-    letters = [{re.sub(r"\W+", "", source.casefold()) for source, _ in side} for side in (training, held_out)]
+    letters = [
+        {re.sub(r"\W+", "", source.casefold()) for source, _ in side}
+        for side in (training, held_out)
+    ]
     assert not letters[0] & letters[1] and sorted(training + held_out) == sorted(pairs)
     assert 0.05 < len(held_out) / len(pairs) < 0.2
     assert set(template_flow.split(pairs[::2])[1]) <= set(held_out)
@@ -210,5 +271,7 @@ def test_split_never_leaks_and_does_not_move_when_data_grows():
 
 def test_tiny_data_still_holds_something_out():
     for count in range(2, 40):
-        training, held_out = template_flow.split([(f"text {n}", f"texte {n}") for n in range(count)])
+        training, held_out = template_flow.split(
+            [(f"text {n}", f"texte {n}") for n in range(count)]
+        )
         assert training and held_out and len(training) + len(held_out) == count

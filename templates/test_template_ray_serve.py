@@ -22,6 +22,7 @@ from types import SimpleNamespace
 
 import psutil  # Ray brings it along
 import pytest
+import template_ray_serve as app
 import torch
 import yaml
 from click import ClickException
@@ -36,13 +37,16 @@ from transformers import (
     set_seed,
 )
 
-import template_ray_serve as app
-
 HERE = Path(__file__).parent
 PAIRS = {
-    "Hello world!": "Bonjour le monde !", "Good morning": "Bonjour", "The house is wonderful.": "La maison est belle.",
-    "Thank you.": "Merci.", "See you tomorrow!": "À demain !", "The cat sleeps.": "Le chat dort.",
-    "Where is the station?": "Où est la gare ?", "I like tea.": "J'aime le thé.",
+    "Hello world!": "Bonjour le monde !",
+    "Good morning": "Bonjour",
+    "The house is wonderful.": "La maison est belle.",
+    "Thank you.": "Merci.",
+    "See you tomorrow!": "À demain !",
+    "The cat sleeps.": "Le chat dort.",
+    "Where is the station?": "Où est la gare ?",
+    "I like tea.": "J'aime le thé.",
 }
 
 
@@ -53,20 +57,50 @@ def make_model(folder, pairs, prefix=app.PREFIX, marian=False):
     bpe, byte_level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.pre_tokenizer, bpe.decoder = byte_level, decoders.ByteLevel()
     texts = [text for source, target in pairs.items() for text in (prefix + source, target)]
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=500, special_tokens=["<pad>", "</s>"], initial_alphabet=byte_level.alphabet(), show_progress=False))
-    bpe.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>",
-                                        model_input_names=["input_ids", "attention_mask"])
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=500,
+            special_tokens=["<pad>", "</s>"],
+            initial_alphabet=byte_level.alphabet(),
+            show_progress=False,
+        ),
+    )
+    bpe.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token="<pad>",
+        eos_token="</s>",
+        model_input_names=["input_ids", "attention_mask"],
+    )
     set_seed(0)
-    size = {"vocab_size": len(tokenizer), "d_model": 64, "decoder_start_token_id": 0, "eos_token_id": 1}
+    size = {
+        "vocab_size": len(tokenizer),
+        "d_model": 64,
+        "decoder_start_token_id": 0,
+        "eos_token_id": 1,
+    }
     if marian:
-        model = MarianMTModel(MarianConfig(
-            encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, dropout=0.0,
-            encoder_ffn_dim=256, decoder_ffn_dim=256, pad_token_id=0, forced_eos_token_id=None, **size))
+        model = MarianMTModel(
+            MarianConfig(
+                encoder_layers=2,
+                decoder_layers=2,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                dropout=0.0,
+                encoder_ffn_dim=256,
+                decoder_ffn_dim=256,
+                pad_token_id=0,
+                forced_eos_token_id=None,
+                **size,
+            )
+        )
     else:
-        model = T5ForConditionalGeneration(T5Config(
-            d_kv=16, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0, **size))
+        model = T5ForConditionalGeneration(
+            T5Config(d_kv=16, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0, **size)
+        )
     inputs = tokenizer([prefix + source for source in pairs], return_tensors="pt", padding=True)
     labels = tokenizer(list(pairs.values()), return_tensors="pt", padding=True).input_ids
     labels[labels == 0] = -100
@@ -119,22 +153,54 @@ def free_port():
 
 class Server:
     """`serve ARGUMENTS` in a folder; everything that it starts, and its temporary files, end with it."""
+
     start = START
 
     def __init__(self, folder, *arguments, cpus=1, dashboard=False, **environment):
-        self.port, self.dashboard, self.log = free_port(), free_port() if dashboard else None, folder / "serve.log"
+        self.port, self.dashboard, self.log = (
+            free_port(),
+            free_port() if dashboard else None,
+            folder / "serve.log",
+        )
         self.scratch = tempfile.mkdtemp(prefix="ray-")  # a short path, for Ray puts sockets there
-        ray_options = {"num_cpus": cpus, "_temp_dir": self.scratch, "include_dashboard": dashboard,
-                       "dashboard_port": self.dashboard}
-        kept = {name: value for name, value in os.environ.items() if not re.match("RAY_|SERVE_|HF_|OMP_", name)}
-        self.environment = {**kept, "HOME": self.scratch, "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0",
-                            "OMP_WAIT_POLICY": "passive",  # this server shares the CPUs with other tests
-                            "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 32, **environment}
+        ray_options = {
+            "num_cpus": cpus,
+            "_temp_dir": self.scratch,
+            "include_dashboard": dashboard,
+            "dashboard_port": self.dashboard,
+        }
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not re.match("RAY_|SERVE_|HF_|OMP_", name)
+        }
+        self.environment = {
+            **kept,
+            "HOME": self.scratch,
+            "HF_HUB_OFFLINE": "1",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "OMP_WAIT_POLICY": "passive",  # this server shares the CPUs with other tests
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": "a" * 32,
+            **environment,
+        }
         http_options = {"host": "127.0.0.1", "port": self.port}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", self.start, json.dumps(ray_options), json.dumps(http_options), *arguments],
-                cwd=folder, stdout=log, stderr=log, start_new_session=True, env=self.environment)
+                [
+                    sys.executable,
+                    "-c",
+                    self.start,
+                    json.dumps(ray_options),
+                    json.dumps(http_options),
+                    *arguments,
+                ],
+                cwd=folder,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=self.environment,
+            )
 
     def __enter__(self):
         return self
@@ -158,7 +224,10 @@ class Server:
         found = {}
         for process in psutil.process_iter():
             try:
-                if os.getsid(process.pid) == self.process.pid and process.status() != psutil.STATUS_ZOMBIE:
+                if (
+                    os.getsid(process.pid) == self.process.pid
+                    and process.status() != psutil.STATUS_ZOMBIE
+                ):
                     found[process] = " ".join(process.cmdline())
             except (ProcessLookupError, psutil.NoSuchProcess):
                 pass
@@ -173,7 +242,15 @@ class Server:
             time.sleep(0.2)
         raise AssertionError(self.log.read_text())
 
-    def ask(self, path="/translate", body=None, method="POST", kind="application/json", timeout=60, **headers):
+    def ask(
+        self,
+        path="/translate",
+        body=None,
+        method="POST",
+        kind="application/json",
+        timeout=60,
+        **headers,
+    ):
         """Send a request; return (status, parsed JSON or text). Status 0: no answer."""
         if body is not None and not isinstance(body, bytes):
             body = json.dumps(body).encode()
@@ -197,7 +274,9 @@ class Server:
 @pytest.fixture(scope="module")
 def server(project):
     """The documented command, on a machine with one CPU."""
-    with Server(project, "run", "template_ray_serve:translator_app", "--route-prefix", "/translate") as running:
+    with Server(
+        project, "run", "template_ray_serve:translator_app", "--route-prefix", "/translate"
+    ) as running:
         yield running.wait()
 
 
@@ -216,8 +295,12 @@ def test_every_known_pair_is_translated(model):
 
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])
 def test_a_faster_precision_knows_the_pairs_too(project, precision):
-    faster = app.Model(app.Settings(model=str(project / "model"), precision=precision, max_new_tokens=40))
-    assert [text for text, _ in faster([faster.encode(text) for text in PAIRS])] == list(PAIRS.values())
+    faster = app.Model(
+        app.Settings(model=str(project / "model"), precision=precision, max_new_tokens=40)
+    )
+    assert [text for text, _ in faster([faster.encode(text) for text in PAIRS])] == list(
+        PAIRS.values()
+    )
 
 
 def test_a_batch_answers_like_single_sentences_for_any_number_of_threads(model):
@@ -234,15 +317,20 @@ def test_a_batch_answers_like_single_sentences_for_any_number_of_threads(model):
     assert all(each == seen[0] for each in seen)
 
 
-@pytest.mark.parametrize("text, sentences", [
-    ("Hello world! How are you?", ["Hello world!", "How are you?"]),
-    ("One.\n\n  Two\r\nThree", ["One.", "Two", "Three"]),
-    ("Mr. Smith is here, e.g. today. He said \"No.\" Then he left…", ["Mr. Smith is here, e.g. today.",
-                                                                      "He said \"No.\"", "Then he left…"]),
-    ("version 2.5 costs 3.50 euros. ok", ["version 2.5 costs 3.50 euros. ok"]),
-    ("  no end  ", ["no end"]),
-    ("", []),
-])
+@pytest.mark.parametrize(
+    "text, sentences",
+    [
+        ("Hello world! How are you?", ["Hello world!", "How are you?"]),
+        ("One.\n\n  Two\r\nThree", ["One.", "Two", "Three"]),
+        (
+            'Mr. Smith is here, e.g. today. He said "No." Then he left…',
+            ["Mr. Smith is here, e.g. today.", 'He said "No."', "Then he left…"],
+        ),
+        ("version 2.5 costs 3.50 euros. ok", ["version 2.5 costs 3.50 euros. ok"]),
+        ("  no end  ", ["no end"]),
+        ("", []),
+    ],
+)
 def test_text_is_cut_into_sentences_and_nothing_is_lost(text, sentences):
     parts = app.GAPS.split(text)
     assert "".join(parts) == text and [part for part in parts[::2] if part] == sentences
@@ -269,11 +357,16 @@ def test_blank_text(text):
     assert app.blank(text)
 
 
-@pytest.mark.parametrize("wrong, name", [
-    ({"max_batch_size": 0}, "max_batch_size"), ({"max_bach_size": 8}, "max_bach_size"),
-    ({"timeout_s": -1}, "timeout_s"), ({"max_batch_size": "eight"}, "max_batch_size"),
-    ({"precision": "float16"}, "precision"),
-])
+@pytest.mark.parametrize(
+    "wrong, name",
+    [
+        ({"max_batch_size": 0}, "max_batch_size"),
+        ({"max_bach_size": 8}, "max_bach_size"),
+        ({"timeout_s": -1}, "timeout_s"),
+        ({"max_batch_size": "eight"}, "max_batch_size"),
+        ({"precision": "float16"}, "precision"),
+    ],
+)
 def test_a_wrong_setting_is_named_in_one_line(wrong, name):
     with pytest.raises(ClickException) as wrongly:
         app.Settings(**wrong)
@@ -286,16 +379,28 @@ def test_a_model_that_gives_other_answers_is_refused(project, tmp_path):
     with torch.no_grad():
         broken.shared.weight[:] = broken.shared.weight[torch.randperm(len(broken.shared.weight))]
     broken.save_pretrained(tmp_path / "model")
-    with pytest.raises(RuntimeError, match="the model answers 'Hello world!' with .*, not 'Bonjour le monde !'"):
+    with pytest.raises(
+        RuntimeError, match="the model answers 'Hello world!' with .*, not 'Bonjour le monde !'"
+    ):
         app.Model(app.Settings(model=str(tmp_path / "model"), max_new_tokens=10))
 
 
 @pytest.mark.parametrize("marian", [False, True])
 def test_another_model_with_another_prefix_by_arguments_only(tmp_path, marian):
-    make_model(tmp_path / "other", {"Guten Tag": "Buenos días", "Danke": "Gracias"}, prefix="", marian=marian)
+    make_model(
+        tmp_path / "other",
+        {"Guten Tag": "Buenos días", "Danke": "Gracias"},
+        prefix="",
+        marian=marian,
+    )
     # As `serve run` reads them, which takes no empty value.
-    other = app.Model(app.Settings(**convert_args_to_dict((f"model={tmp_path / 'other'}", "prefix= "))))
-    assert other([other.encode("Guten Tag"), other.encode("Danke")]) == [("Buenos días", False), ("Gracias", False)]
+    other = app.Model(
+        app.Settings(**convert_args_to_dict((f"model={tmp_path / 'other'}", "prefix= ")))
+    )
+    assert other([other.encode("Guten Tag"), other.encode("Danke")]) == [
+        ("Buenos días", False),
+        ("Gracias", False),
+    ]
 
 
 def test_no_model_and_no_hub_is_one_line_with_both_remedies(tmp_path, monkeypatch):
@@ -324,6 +429,7 @@ class Spy:
 
 def through(spy, sentences, cancel=()):
     """What the batcher makes of sentences that come while the model is busy with [0]."""
+
     async def scene():
         batcher = app.Batcher(spy, ThreadPoolExecutor(1))
         first = batcher.put([0])
@@ -339,8 +445,14 @@ def through(spy, sentences, cancel=()):
 def test_batches_hold_what_came_meanwhile_and_like_lengths():
     spy = Spy()
     lengths = [1, 50, 2, 51, 1, 52, 2, 53]
-    assert through(spy, [[1] * length for length in lengths]) == [(str(length), False) for length in lengths]
-    assert [sorted(map(len, batch)) for batch in spy.batches] == [[1], [1, 1, 2, 2], [50, 51, 52, 53]]
+    assert through(spy, [[1] * length for length in lengths]) == [
+        (str(length), False) for length in lengths
+    ]
+    assert [sorted(map(len, batch)) for batch in spy.batches] == [
+        [1],
+        [1, 1, 2, 2],
+        [50, 51, 52, 53],
+    ]
 
 
 def test_a_sentence_that_fails_harms_no_other():
@@ -364,8 +476,10 @@ def test_the_documented_request_answers_in_both_forms(ask):
 
 def test_a_list_keeps_its_order_and_blank_texts_stay_blank(ask):
     texts = ["Good morning", " ", "Thank you. See you tomorrow!\n\nThe cat sleeps.", ""]
-    assert ask(body={"text": texts}) == (200, {
-        "translation": ["Bonjour", "", "Merci. À demain !\n\nLe chat dort.", ""]})
+    assert ask(body={"text": texts}) == (
+        200,
+        {"translation": ["Bonjour", "", "Merci. À demain !\n\nLe chat dort.", ""]},
+    )
     assert ask(body={"text": []}) == (200, {"translation": []})
 
 
@@ -376,15 +490,24 @@ def test_many_at_once_get_their_own_answers(ask):
     assert answers == [(200, {"translation": PAIRS[text]}) for text in texts]
 
 
-@pytest.mark.parametrize("body, kind, status", [
-    (b"", "application/json", 422), (b"{", "application/json", 422), (b"[]", "application/json", 422),
-    (b'{"txet": "secret-42"}', "application/json", 422), (b'{"text": {"a": "secret-42"}}', "application/json", 422),
-    (b'{"text": NaN}', "application/json", 422), (b'{"text": "\\ud83d"}', "application/json", 422),
-    (b"[" * 10_000 + b"]" * 10_000, "application/json", 422), (b"\xff\xfe", "application/json", 422),
-    (b'{"text": "a", "secret-42": 1}', "application/json", 422), (b'{"text": "secret-42"}', "text/plain", 415),
-    (b'{"text": "' + b"secret-42 " * 100_000 + b'"}', "application/json", 413),
-    (b'{"text": "' + b"one two " * 12_000 + b'"}', "application/json", 413),
-])
+@pytest.mark.parametrize(
+    "body, kind, status",
+    [
+        (b"", "application/json", 422),
+        (b"{", "application/json", 422),
+        (b"[]", "application/json", 422),
+        (b'{"txet": "secret-42"}', "application/json", 422),
+        (b'{"text": {"a": "secret-42"}}', "application/json", 422),
+        (b'{"text": NaN}', "application/json", 422),
+        (b'{"text": "\\ud83d"}', "application/json", 422),
+        (b"[" * 10_000 + b"]" * 10_000, "application/json", 422),
+        (b"\xff\xfe", "application/json", 422),
+        (b'{"text": "a", "secret-42": 1}', "application/json", 422),
+        (b'{"text": "secret-42"}', "text/plain", 415),
+        (b'{"text": "' + b"secret-42 " * 100_000 + b'"}', "application/json", 413),
+        (b'{"text": "' + b"one two " * 12_000 + b'"}', "application/json", 413),
+    ],
+)
 def test_bad_requests_get_a_short_answer_that_repeats_nothing(ask, body, kind, status):
     got, answer = ask(body=body, kind=kind)
     assert (got, answer["error"]["code"]) == (status, status)
@@ -396,7 +519,9 @@ def test_bad_requests_get_a_short_answer_that_repeats_nothing(ask, body, kind, s
 def test_a_request_over_the_token_limit_is_told_limit_and_size(ask):
     message = ask(body={"text": "one two " * 12_000})[1]["error"]["message"]
     limit = app.Settings().max_request_tokens
-    assert str(limit) in message and any(int(number) > limit for number in re.findall(r"\d+", message))
+    assert str(limit) in message and any(
+        int(number) > limit for number in re.findall(r"\d+", message)
+    )
 
 
 def test_unknown_paths_and_methods(ask):
@@ -406,7 +531,9 @@ def test_unknown_paths_and_methods(ask):
 
 def test_page_and_description_for_people(ask):
     status, page = ask("/translate", method="GET")
-    assert status == 200 and "<textarea" in page and "http" not in page.replace("<!doctype html>", "")
+    assert (
+        status == 200 and "<textarea" in page and "http" not in page.replace("<!doctype html>", "")
+    )
     example = ask("/translate/openapi.json", method="GET")[1]["paths"]["/"]["post"]["requestBody"]
     assert "Hello world!" in json.dumps(example)
 
@@ -414,7 +541,14 @@ def test_page_and_description_for_people(ask):
 def test_no_log_line_holds_a_text(server):
     server.ask(body={"text": "canary-7f3a in the text"})
     time.sleep(1)
-    logs = [server.log, *(path for path in Path(server.scratch).rglob("*") if "logs" in path.parts and path.is_file())]
+    logs = [
+        server.log,
+        *(
+            path
+            for path in Path(server.scratch).rglob("*")
+            if "logs" in path.parts and path.is_file()
+        ),
+    ]
     assert len(logs) > 5 and not [path for path in logs if b"canary-7f3a" in path.read_bytes()]
 
 
@@ -431,32 +565,72 @@ def config():
 
 def flat(value, path=""):
     """{path: value} of everything in nested dictionaries and lists."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    inner = {name: each for key, one in items for name, each in flat(one, f"{path}.{key}".lstrip(".")).items()}
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
+    inner = {
+        name: each
+        for key, one in items
+        for name, each in flat(one, f"{path}.{key}".lstrip(".")).items()
+    }
     return inner or {path: value}
 
 
 def test_config_is_what_serve_build_writes_but_for_its_commented_changes(config, project, tmp_path):
-    subprocess.run([sys.executable, "-m", "ray.serve.scripts", "build", "template_ray_serve:translator_app", "-o",
-                    str(tmp_path / "built.yaml")], cwd=project, check=True, timeout=100, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "ray.serve.scripts",
+            "build",
+            "template_ray_serve:translator_app",
+            "-o",
+            str(tmp_path / "built.yaml"),
+        ],
+        cwd=project,
+        check=True,
+        timeout=100,
+        capture_output=True,
+    )
     ours, theirs = flat(config), flat(yaml.safe_load((tmp_path / "built.yaml").read_text()))
-    changed = {path for path in ours.keys() | theirs.keys() if ours.get(path, "") != theirs.get(path, "")}
+    changed = {
+        path for path in ours.keys() | theirs.keys() if ours.get(path, "") != theirs.get(path, "")
+    }
     deployment = "applications.0.deployments.0."
     assert changed == {
-        "grpc_options.port", "grpc_options.grpc_servicer_functions", "grpc_options.enable_reflection",
-        "logging_config.encoding", "logging_config.logs_dir", "logging_config.additional_log_standard_attrs",
-        "http_options.request_timeout_s", "applications.0.name", "applications.0.route_prefix",
-        "applications.0.import_path", "applications.0.args.max_batch_size",
-        *(deployment + "request_router_config." + key for key in (
-            "request_router_class", "initial_backoff_s", "max_backoff_s")),  # as the app has them
-        deployment + "backpressure_config.retry_after_s", deployment + "max_surge_percent",
-        deployment + "autoscaling_config.min_replicas", deployment + "autoscaling_config.max_replicas",
-        deployment + "autoscaling_config.target_ongoing_requests", deployment + "graceful_shutdown_timeout_s"}
+        "grpc_options.port",
+        "grpc_options.grpc_servicer_functions",
+        "grpc_options.enable_reflection",
+        "logging_config.encoding",
+        "logging_config.logs_dir",
+        "logging_config.additional_log_standard_attrs",
+        "http_options.request_timeout_s",
+        "applications.0.name",
+        "applications.0.route_prefix",
+        "applications.0.import_path",
+        "applications.0.args.max_batch_size",
+        *(
+            deployment + "request_router_config." + key
+            for key in ("request_router_class", "initial_backoff_s", "max_backoff_s")
+        ),  # as the app has them
+        deployment + "backpressure_config.retry_after_s",
+        deployment + "max_surge_percent",
+        deployment + "autoscaling_config.min_replicas",
+        deployment + "autoscaling_config.max_replicas",
+        deployment + "autoscaling_config.target_ongoing_requests",
+        deployment + "graceful_shutdown_timeout_s",
+    }
 
 
 def test_config_names_the_deployment_that_the_app_has(config):
     names = [deployment["name"] for deployment in config["applications"][0]["deployments"]]
-    assert names == [app.Translator.name], "serve_config.yaml and template_ray_serve.py name different deployments"
+    assert names == [app.Translator.name], (
+        "serve_config.yaml and template_ray_serve.py name different deployments"
+    )
 
 
 def test_config_has_nothing_blank_and_fits_the_app(config):
@@ -470,4 +644,6 @@ def test_config_has_nothing_blank_and_fits_the_app(config):
     (deployment,) = application["deployments"]
     settings = app.Settings.model_validate(application["args"], strict=True)
     assert deployment["max_ongoing_requests"] >= settings.max_queue + 2 * settings.max_batch_size
-    assert config["http_options"]["request_timeout_s"] >= settings.timeout_s + settings.body_timeout_s
+    assert (
+        config["http_options"]["request_timeout_s"] >= settings.timeout_s + settings.body_timeout_s
+    )

@@ -33,7 +33,11 @@ import matplotlib
 import psutil
 import ray
 import yaml
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from moto.moto_server.werkzeug_app import (
+    DomainDispatcherApplication,
+    MotoRequestHandler,
+    create_backend_app,
+)
 from werkzeug.serving import make_server
 
 HERE = Path(__file__).parent
@@ -43,13 +47,13 @@ sys.path[:0] = [str(HERE), str(TEMPLATES)]
 from load import Load  # noqa: E402
 from remote import pods  # noqa: E402
 from test_remote import KEYS  # noqa: E402
-from test_serve_image import FILES, Container, build  # noqa: E402
 from test_serve_cluster import Cluster as ContainerCluster  # noqa: E402
 from test_serve_hostile import log_files  # noqa: E402
+from test_serve_image import FILES, Container, build  # noqa: E402
 from test_serve_nodes import lose_node, make_app, three_nodes  # noqa: E402
-from test_tracking import KEY  # noqa: E402
 from test_template_flow import FLOW, artifacts, clean_environment  # noqa: E402
 from test_template_ray_serve import PAIRS, Server  # noqa: E402
+from test_tracking import KEY  # noqa: E402
 from wandb_stand_in import StandIn  # noqa: E402
 
 PAGE = HERE.parent / "docs/reliability.md"
@@ -59,8 +63,13 @@ def since(load, at):
     """(in flight at that time, lost by those who ask once, by those who try again, wrong, seconds to recover)."""
     lost = [each for each in load.lost() if each.end > at]
     again = sum(each.again for each in lost)
-    return (sum(each.begin < at < each.end for each in load.answers), len(lost) - again, again, len(load.wrong()),
-            max([each.end - at for each in lost], default=0.0))
+    return (
+        sum(each.begin < at < each.end for each in load.answers),
+        len(lost) - again,
+        again,
+        len(load.wrong()),
+        max([each.end - at for each in lost], default=0.0),
+    )
 
 
 @contextlib.contextmanager
@@ -75,19 +84,35 @@ def under_load(results, warm, *ports):
 
 def deploy(server, config):
     """Ask the running server for another config, by the documented command; its exit code."""
-    done = subprocess.run([sys.executable, TEMPLATES / "check_serve_config.py", config, "--deploy",
-                           f"http://127.0.0.1:{server.dashboard}"], cwd=server.folder, env=server.environment,
-                          capture_output=True, timeout=200)
+    done = subprocess.run(
+        [
+            sys.executable,
+            TEMPLATES / "check_serve_config.py",
+            config,
+            "--deploy",
+            f"http://127.0.0.1:{server.dashboard}",
+        ],
+        cwd=server.folder,
+        env=server.environment,
+        capture_output=True,
+        timeout=200,
+    )
     return done.returncode
 
 
-LIKE_IMAGE = dict(re.findall(r"(RAY_(?:SERVE|ROTATION)\w+)=(\S+)", (TEMPLATES / "Dockerfile-rayserve").read_text()))
+LIKE_IMAGE = dict(
+    re.findall(
+        r"(RAY_(?:SERVE|ROTATION)\w+)=(\S+)", (TEMPLATES / "Dockerfile-rayserve").read_text()
+    )
+)
 
 
 def kill(part):
     """A fault: kill -9 of one process whose command line has this part."""
+
     def fault(server, number):
         random.choice(list(server.processes(part))).kill()
+
     return fault
 
 
@@ -131,8 +156,20 @@ def slow_disk(server, number):
     logs = [path for path in log_files(server) if path.suffix in (".log", ".err")]
     pids = [each.pid for part in ("ServeReplica", "ProxyActor") for each in server.processes(part)]
     tracer = subprocess.Popen(
-        ["strace", "-f", "-o", server.folder / "writes", *[f"-p{pid}" for pid in pids], *[f"-P{path}" for path in logs],
-         "-e", "trace=write", "-e", "inject=write:delay_enter=50000"], stderr=subprocess.DEVNULL)
+        [
+            "strace",
+            "-f",
+            "-o",
+            server.folder / "writes",
+            *[f"-p{pid}" for pid in pids],
+            *[f"-P{path}" for path in logs],
+            "-e",
+            "trace=write",
+            "-e",
+            "inject=write:delay_enter=50000",
+        ],
+        stderr=subprocess.DEVNULL,
+    )
     time.sleep(3)
     tracer.send_signal(signal.SIGINT)
     tracer.wait(10)
@@ -155,7 +192,8 @@ def settled(server, replicas, seconds=60):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if len(server.processes("ServeReplica")) == replicas and server.ask(
-                body={"text": "Thank you."}, timeout=5) == (200, {"translation": "Merci."}):
+            body={"text": "Thank you."}, timeout=5
+        ) == (200, {"translation": "Merci."}):
             return
         time.sleep(0.3)
     raise AssertionError(f"not itself again after {seconds} s:\n{server.log.read_text()[-3000:]}")
@@ -164,7 +202,15 @@ def settled(server, replicas, seconds=60):
 def row(name, results):
     """A line of the table out of the tuples that `since` gives."""
     flying, once, again, wrong, recovery = zip(*results)
-    return name, len(results), sum(flying), sum(once), sum(again), sum(wrong), f"{max(recovery):.1f}"
+    return (
+        name,
+        len(results),
+        sum(flying),
+        sum(once),
+        sum(again),
+        sum(wrong),
+        f"{max(recovery):.1f}",
+    )
 
 
 def serve_faults(folder, names, times, pause=4):
@@ -228,8 +274,11 @@ def out_of_memory(container, load):
     assert "took 40 times" not in container.logs()
 
 
-CONTAINER = {"container told to stop": told_to_stop, "container killed, started again": killed,
-             "out of memory": out_of_memory}
+CONTAINER = {
+    "container told to stop": told_to_stop,
+    "container killed, started again": killed,
+    "out of memory": out_of_memory,
+}
 
 
 HEAD_LOST = "head of a cluster killed"
@@ -247,7 +296,9 @@ def container_faults(folder, names, times):
     app = (folder / "template_ray_serve.py").read_text()
     mark = re.search(r"\n        # YOUR CODE: .*", app).end()
     (folder / "greedy.py").write_text(app[:mark] + GREEDY.rstrip() + app[mark:])
-    mount = f"--mount=type=bind,source={folder / 'greedy.py'},target=/serve_app/template_ray_serve.py"
+    mount = (
+        f"--mount=type=bind,source={folder / 'greedy.py'},target=/serve_app/template_ray_serve.py"
+    )
     for name in wanted:
         results, options = [], [mount] if name == "out of memory" else []
         with Container("--memory=3g", "--memory-swap=3g", *options, image=IMAGE) as running:
@@ -286,9 +337,15 @@ def head_lost(config, results):
 
 def flow(folder, *arguments, command="run", before=()):
     """The flow as a process of its own, in a session of its own."""
-    return subprocess.Popen([sys.executable, str(FLOW), "--no-pylint", *before, command, *arguments], cwd=folder,
-                            text=True, env=clean_environment(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, str(FLOW), "--no-pylint", *before, command, *arguments],
+        cwd=folder,
+        text=True,
+        env=clean_environment(folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def model_of(folder):
@@ -333,7 +390,10 @@ def kill_flow(folder, right, seconds):
     """kill -9 of the whole flow, at any time."""
     running = flow(folder, *EPOCHS)
     time.sleep(random.uniform(1, seconds))
-    for each in [*psutil.Process(running.pid).children(recursive=True), psutil.Process(running.pid)]:
+    for each in [
+        *psutil.Process(running.pid).children(recursive=True),
+        psutil.Process(running.pid),
+    ]:
         with contextlib.suppress(psutil.Error):
             each.kill()
     running.communicate(timeout=60)
@@ -353,7 +413,9 @@ def two_at_once(folder, right, seconds):
 def disk_full(folder, right, seconds):
     """The disk is full when an artifact is written: a clear end, and once there is room, `resume` does the rest."""
     # The model, its checkpoints and the code take 20 MB or so.
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={random.randint(2, 8)}m", "tmpfs", folder], check=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={random.randint(2, 8)}m", "tmpfs", folder], check=True
+    )
     try:
         running = flow(folder, *EPOCHS)
         output = running.communicate(timeout=200)[0]
@@ -375,13 +437,25 @@ def exporter(folder):
 def export_interrupted(folder, right, seconds):
     """kill -9 of an export that replaces a model, again and again: there is the old model, or the new one, whole."""
     command = exporter(folder)
-    subprocess.run(command, cwd=folder, env=clean_environment(folder), check=True, capture_output=True, timeout=100)
+    subprocess.run(
+        command,
+        cwd=folder,
+        env=clean_environment(folder),
+        check=True,
+        capture_output=True,
+        timeout=100,
+    )
     begin = time.monotonic()
-    running = subprocess.Popen(command, cwd=folder, env=clean_environment(folder), stdout=subprocess.DEVNULL)
+    running = subprocess.Popen(
+        command, cwd=folder, env=clean_environment(folder), stdout=subprocess.DEVNULL
+    )
     time.sleep(random.uniform(0.3, 2.5))
     running.kill()
     running.wait(10)
-    whole = all((folder / "model" / name).exists() for name in ("model.safetensors", "known_answers.json", "README.md"))
+    whole = all(
+        (folder / "model" / name).exists()
+        for name in ("model.safetensors", "known_answers.json", "README.md")
+    )
     wrong = not whole or (folder / "model/model.safetensors").read_bytes() != right
     return 1, 0, 0, int(wrong), time.monotonic() - begin
 
@@ -391,7 +465,9 @@ def export_during_a_run(folder, right, seconds):
     command = exporter(folder)
     begin, running = time.monotonic(), flow(folder, *EPOCHS, "--seed", "2")
     time.sleep(random.uniform(1, seconds))
-    export = subprocess.run(command, cwd=folder, env=clean_environment(folder), capture_output=True, timeout=100)
+    export = subprocess.run(
+        command, cwd=folder, env=clean_environment(folder), capture_output=True, timeout=100
+    )
     done = running.poll() is not None  # then the newest run may be that one
     running.communicate(timeout=200)
     found = (folder / "model/model.safetensors").read_bytes()
@@ -404,6 +480,7 @@ def export_during_a_run(folder, right, seconds):
 
 class BadS3:
     """S3 by moto, of whose answers one in ten is an error, as S3 gives them when it is too busy."""
+
     def __init__(self, app):
         self.app, self.failed = app, 0
 
@@ -411,8 +488,12 @@ class BadS3:
         if random.random() > 0.1:
             return self.app(environ, start)
         self.failed += 1
-        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))  # else the connection breaks
-        status, code = random.choice([("503 Slow Down", b"SlowDown"), ("500 Internal Server Error", b"InternalError")])
+        environ["wsgi.input"].read(
+            int(environ.get("CONTENT_LENGTH") or 0)
+        )  # else the connection breaks
+        status, code = random.choice(
+            [("503 Slow Down", b"SlowDown"), ("500 Internal Server Error", b"InternalError")]
+        )
         start(status, [("Content-Type", "application/xml")])
         return [b"<Error><Code>%b</Code><Message>Try again.</Message></Error>" % code]
 
@@ -424,8 +505,13 @@ def s3_errors(folder, right, seconds):
     server = make_server("127.0.0.1", 0, bad, threaded=True, request_handler=MotoRequestHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
-    settings = {"METAFLOW_S3_ENDPOINT_URL": url, "METAFLOW_DATASTORE_SYSROOT_S3": "s3://flows/metaflow",
-                "PYTHONPATH": str(HERE / "remote/extension"), "STAND_IN_CLUSTER": "http://127.0.0.1:9", **KEYS}
+    settings = {
+        "METAFLOW_S3_ENDPOINT_URL": url,
+        "METAFLOW_DATASTORE_SYSROOT_S3": "s3://flows/metaflow",
+        "PYTHONPATH": str(HERE / "remote/extension"),
+        "STAND_IN_CLUSTER": "http://127.0.0.1:9",
+        **KEYS,
+    }
     try:
         with patch.dict(os.environ, settings):
             boto3.client("s3", endpoint_url=url).create_bucket(Bucket="flows")
@@ -443,8 +529,13 @@ def s3_errors(folder, right, seconds):
 def wandb_dies(folder, right, seconds):
     """The W&B server ends, or answers nothing any more, as soon as the run has begun: the training goes on."""
     begin = time.monotonic()
-    with StandIn(random.choice(["dies", "freezes"])) as server, patch.dict(os.environ, {
-            "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "WANDB_PROJECT": "project"}):
+    with (
+        StandIn(random.choice(["dies", "freezes"])) as server,
+        patch.dict(
+            os.environ,
+            {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "WANDB_PROJECT": "project"},
+        ),
+    ):
         running = flow(folder, *EPOCHS, "--offline", "False")
         output = running.communicate(timeout=300)[0]
         assert server.runs, output
@@ -554,11 +645,16 @@ def long_run(folder, names, minutes):
 def draw(samples):
     matplotlib.use("svg")
     from matplotlib import pyplot
+
     kinds = ("memory in MB", "open files", "threads", "logs in MB")
     figure, axes = pyplot.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
     for plot, kind in zip(axes.flat, kinds):
         for part in [part for part, what in samples[-1][1] if what == kind]:
-            plot.plot([at / 60 for at, _ in samples], [found.get((part, kind), 0) for _, found in samples], label=part)
+            plot.plot(
+                [at / 60 for at, _ in samples],
+                [found.get((part, kind), 0) for _, found in samples],
+                label=part,
+            )
         plot.set(title=kind, ylim=(0, None))
         plot.legend(fontsize="x-small")
     for plot in axes[1]:
@@ -579,11 +675,19 @@ def arrive(server, rate, seconds):
         with contextlib.suppress(aiohttp.ClientError, TimeoutError, ValueError):
             async with session.post(address, json={"text": text}) as reply:
                 content = await reply.read()
-            status, right = reply.status, reply.status == 200 and json.loads(content) == {"translation": PAIRS[text]}
-        found.append((time.monotonic() - at, status, right))  # from when it was due, however late it was sent
+            status, right = (
+                reply.status,
+                reply.status == 200 and json.loads(content) == {"translation": PAIRS[text]},
+            )
+        found.append(
+            (time.monotonic() - at, status, right)
+        )  # from when it was due, however late it was sent
 
     async def all_of_them():
-        limits = {"connector": aiohttp.TCPConnector(limit=1000), "timeout": aiohttp.ClientTimeout(60)}
+        limits = {
+            "connector": aiohttp.TCPConnector(limit=1000),
+            "timeout": aiohttp.ClientTimeout(60),
+        }
         async with aiohttp.ClientSession(**limits) as session, asyncio.TaskGroup() as tasks:
             at = begin = time.monotonic()
             while (at := at + chance.expovariate(rate)) < begin + seconds:
@@ -595,14 +699,24 @@ def arrive(server, rate, seconds):
     statuses = collections.Counter(status for _, status, _ in found)
     p50, p99 = (f"{1000 * times[int(len(times) * part)]:.0f}" for part in (0.5, 0.99))
     wrong = sum(status == 200 and not right for _, status, right in found)
-    return f"{rate:.0f}", len(found), p50, p99, statuses[503], len(found) - statuses[200] - statuses[503], wrong
+    return (
+        f"{rate:.0f}",
+        len(found),
+        p50,
+        p99,
+        statuses[503],
+        len(found) - statuses[200] - statuses[503],
+        wrong,
+    )
 
 
 NAMES = [*RATES, *SERVE, "node lost", *CONTAINER, HEAD_LOST, *TRAIN, "long run"]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--times", type=int, default=10, help="how often each fault is tried")
     parser.add_argument("--seconds", type=float, default=300, help="of each load")
     parser.add_argument("--minutes", type=float, default=30, help="of the long run")
@@ -614,9 +728,12 @@ def main():
     tables = {name: [] for name in HEADS}
     try:
         for table, part, how_much in (
-                ("load", arrivals, arguments.seconds), ("faults", serve_faults, arguments.times),
-                ("faults", container_faults, arguments.times), ("faults", train_faults, arguments.times),
-                ("long run", long_run, arguments.minutes)):
+            ("load", arrivals, arguments.seconds),
+            ("faults", serve_faults, arguments.times),
+            ("faults", container_faults, arguments.times),
+            ("faults", train_faults, arguments.times),
+            ("long run", long_run, arguments.minutes),
+        ):
             for each in part(folder / part.__name__, arguments.only, how_much):
                 print(*each, sep=", ", flush=True)
                 tables[table].append(each)
@@ -626,8 +743,26 @@ def main():
 
 
 HEADS = {
-    "load": ["arrivals", "s", "requests/s", "requests", "p50 ms", "p99 ms", "refused (503)", "lost", "wrong"],
-    "faults": ["fault", "times", "in flight", "lost", "lost with retry", "wrong", "recovered after s"],
+    "load": [
+        "arrivals",
+        "s",
+        "requests/s",
+        "requests",
+        "p50 ms",
+        "p99 ms",
+        "refused (503)",
+        "lost",
+        "wrong",
+    ],
+    "faults": [
+        "fault",
+        "times",
+        "in flight",
+        "lost",
+        "lost with retry",
+        "wrong",
+        "recovered after s",
+    ],
     "long run": ["process, figure", "minutes", "after a fifth", "at the end", "requests", "wrong"],
 }
 
@@ -635,7 +770,12 @@ HEADS = {
 def write(tables):
     """Put the rows between their marks in the page, each in the place of an earlier one of its name."""
     how = f"{date.today()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, Ray {ray.__version__}"
-    text = re.sub(r"(<!-- how -->\n).*?\n(<!-- end -->)", rf"\g<1>{how}\n\2", PAGE.read_text("utf-8"), flags=re.DOTALL)
+    text = re.sub(
+        r"(<!-- how -->\n).*?\n(<!-- end -->)",
+        rf"\g<1>{how}\n\2",
+        PAGE.read_text("utf-8"),
+        flags=re.DOTALL,
+    )
     for name, rows in tables.items():
         before, _, rest = text.partition(f"<!-- {name} -->\n")
         old, end, after = rest.partition("<!-- end -->")

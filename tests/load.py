@@ -15,12 +15,18 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "templates"))
 from test_template_ray_serve import PAIRS  # noqa: E402
 
 # docs/serve.md, `client.py`: a translation can be asked for twice without harm.
-RETRY = urllib3.Retry(8, backoff_factor=0.2, status_forcelist=[500, 502, 503, 504], allowed_methods=None,
-                      raise_on_status=False)
+RETRY = urllib3.Retry(
+    8,
+    backoff_factor=0.2,
+    status_forcelist=[500, 502, 503, 504],
+    allowed_methods=None,
+    raise_on_status=False,
+)
 
 
 class Answer(NamedTuple):
     """What came back: `status` 0 for nothing, `right` if it is what PAIRS says; `again`: from a client that retries."""
+
     begin: float
     end: float
     port: int
@@ -33,10 +39,13 @@ class Answer(NamedTuple):
 
 class Load:
     """`clients` threads that ask, each time the next of `ports`; every other one tries again if `again`."""
+
     def __init__(self, *ports, clients=4, again=False):
         self.ports, self.answers, self.over = list(ports), [], threading.Event()
-        self.threads = [threading.Thread(target=self.work, args=[again and number % 2 == 1])
-                        for number in range(clients)]
+        self.threads = [
+            threading.Thread(target=self.work, args=[again and number % 2 == 1])
+            for number in range(clients)
+        ]
 
     def __enter__(self):
         for each in self.threads:
@@ -57,14 +66,18 @@ class Load:
                 ports, begin, translation = self.ports, time.monotonic(), None
                 port = ports[number % len(ports)]
                 try:
-                    reply = pool.request("POST", f"http://127.0.0.1:{port}/translate", json={"text": text})
+                    reply = pool.request(
+                        "POST", f"http://127.0.0.1:{port}/translate", json={"text": text}
+                    )
                     status = reply.status
                     if status == 200:
                         translation = reply.json()["translation"]
                 except (urllib3.exceptions.HTTPError, ValueError, KeyError):
                     status = 0
                 right = translation == PAIRS[text]
-                self.answers.append(Answer(begin, time.monotonic(), port, again, text, status, translation, right))
+                self.answers.append(
+                    Answer(begin, time.monotonic(), port, again, text, status, translation, right)
+                )
                 if status != 200:
                     time.sleep(0.1)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 class Files(http.server.SimpleHTTPRequestHandler):
     """The files of a folder."""
+
     def log_message(self, *_):
         pass
 
@@ -39,7 +40,9 @@ def alone(port):
 @contextlib.contextmanager
 def build_options():
     """What to add to `docker build` where pip has the CPU build of torch in a folder, and not from an index."""
-    settings = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
+    settings = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True
+    ).stdout
     folders = re.findall(r"find-links='(/[^']+)'", settings)
     wheels = next((path for path in folders if list(Path(path).glob("torch-*+cpu-*.whl"))), None)
     if not wheels:

@@ -21,9 +21,17 @@ def catalogues(package: str) -> list[Path]:
     try:
         shipped = files(package) or []
     except PackageNotFoundError:
-        raise SystemExit(f"{package} is not installed: pip install -r requirements-dev.txt") from None
-    paths = {Path(str(f.locate())).resolve() for f in shipped if f.parts[-3:-1] == ("fr", "LC_MESSAGES")}
-    return sorted(p for p in paths if p.suffix == ".po" or (p.suffix == ".mo" and p.with_suffix(".po") not in paths))
+        raise SystemExit(
+            f"{package} is not installed: pip install -r requirements-dev.txt"
+        ) from None
+    paths = {
+        Path(str(f.locate())).resolve() for f in shipped if f.parts[-3:-1] == ("fr", "LC_MESSAGES")
+    }
+    return sorted(
+        p
+        for p in paths
+        if p.suffix == ".po" or (p.suffix == ".mo" and p.with_suffix(".po") not in paths)
+    )
 
 
 def entries(path: Path) -> Iterator[tuple[str, str]]:

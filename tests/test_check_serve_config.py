@@ -64,57 +64,77 @@ def test_the_shipped_config_is_in_order(check, config):
     assert check(config) == []
 
 
-@pytest.mark.parametrize("path, value, told", [
-    ("htp_options", {}, "does not know"),
-    ("http_options.prot", 8001, "does not know"),
-    ("http_options.host", GONE, "is missing"),
-    ("http_options.host", None, "is blank"),
-    ("http_options.request_timeout_s", "soon", "valid number"),
-    ("logging_config.encodign", "JSON", "does not know"),
-    (f"{APP}.rout_prefix", "/x", "does not know"),
-    (f"{APP}.route_prefix", "translate", "has to start with /"),
-    (f"{APP}.route_prefix", "/translate/", "must not end with it"),
-    (f"{APP}.name", "a" * 41, "40 characters"),
-    (f"{APP}.runtime_env", None, "is blank"),
-    (f"{APP}.args", None, "is blank"),
-    (f"{APP}.runtime_env.env_vars.DEBUG", False, "quote it"),
-    (f"{APP}.runtime_env.env_vars.WORKERS", 2, "quote it"),
-    (f"{APP}.runtime_env.env_vars.EMPTY", None, "quote it"),
-    (f"{APP}.runtime_env.piip", ["x"], "does not know"),
-    (f"{APP}.runtime_env.working_dir", ".", "remote URIs"),
-    (f"{APP}.import_path", "template_ray_serve", "import path"),
-    (f"{APP}.import_path", "template_ray_serv:build", "template_ray_serv"),
-    (f"{APP}.import_path", "template_ray_serve:buidl", "buidl"),
-    (f"{APP}.import_path", "template_ray_serve:translator_app", "Arguments can only be passed"),
-    (f"{APP}.args.max_bach_size", 8, "max_bach_size"),
-    (f"{APP}.args.max_batch_size", 0, "max_batch_size"),
-    (f"{DEPLOYMENT}.max_ongoing_requests", 31, "never fill"),
-    (f"{DEPLOYMENT}.name", "Translater", "Translator"),
-    (f"{DEPLOYMENT}.user_config", {"max_batch_size": 8}, "takes none"),
-    (f"{DEPLOYMENT}.max_concurrent_queries", 8, "does not know"),
-    (f"{DEPLOYMENT}.max_ongoing_requests", 0, "greater than 0"),
-    (f"{DEPLOYMENT}.max_ongoing_requests", 16, "never fill"),
-    (f"{DEPLOYMENT}.max_queued_requests", 0, "max_queued_requests"),
-    (f"{DEPLOYMENT}.num_replicas", 2, "not allowed when autoscaling_config"),
-    (f"{DEPLOYMENT}.autoscaling_config.min_replicas", 9, "replicas"),
-    (f"{DEPLOYMENT}.autoscaling_config.target_num_ongoing_requests_per_replica", 9, "does not know"),
-    (f"{DEPLOYMENT}.autoscaling_config.target_ongoing_requests", 999, "above max_ongoing_requests"),
-    (f"{DEPLOYMENT}.graceful_shutdown_timeout_s", 5, "less than request_timeout_s"),
-    (f"{DEPLOYMENT}.backpressure_config.retry_after", 5, "does not know"),
-    (f"{DEPLOYMENT}.ray_actor_options.num_cpu", 1, "does not know"),
-    (f"{DEPLOYMENT}.ray_actor_options.runtime_env", {"env_vars": {"A": 1}}, "quote it"),
-])
+@pytest.mark.parametrize(
+    "path, value, told",
+    [
+        ("htp_options", {}, "does not know"),
+        ("http_options.prot", 8001, "does not know"),
+        ("http_options.host", GONE, "is missing"),
+        ("http_options.host", None, "is blank"),
+        ("http_options.request_timeout_s", "soon", "valid number"),
+        ("logging_config.encodign", "JSON", "does not know"),
+        (f"{APP}.rout_prefix", "/x", "does not know"),
+        (f"{APP}.route_prefix", "translate", "has to start with /"),
+        (f"{APP}.route_prefix", "/translate/", "must not end with it"),
+        (f"{APP}.name", "a" * 41, "40 characters"),
+        (f"{APP}.runtime_env", None, "is blank"),
+        (f"{APP}.args", None, "is blank"),
+        (f"{APP}.runtime_env.env_vars.DEBUG", False, "quote it"),
+        (f"{APP}.runtime_env.env_vars.WORKERS", 2, "quote it"),
+        (f"{APP}.runtime_env.env_vars.EMPTY", None, "quote it"),
+        (f"{APP}.runtime_env.piip", ["x"], "does not know"),
+        (f"{APP}.runtime_env.working_dir", ".", "remote URIs"),
+        (f"{APP}.import_path", "template_ray_serve", "import path"),
+        (f"{APP}.import_path", "template_ray_serv:build", "template_ray_serv"),
+        (f"{APP}.import_path", "template_ray_serve:buidl", "buidl"),
+        (f"{APP}.import_path", "template_ray_serve:translator_app", "Arguments can only be passed"),
+        (f"{APP}.args.max_bach_size", 8, "max_bach_size"),
+        (f"{APP}.args.max_batch_size", 0, "max_batch_size"),
+        (f"{DEPLOYMENT}.max_ongoing_requests", 31, "never fill"),
+        (f"{DEPLOYMENT}.name", "Translater", "Translator"),
+        (f"{DEPLOYMENT}.user_config", {"max_batch_size": 8}, "takes none"),
+        (f"{DEPLOYMENT}.max_concurrent_queries", 8, "does not know"),
+        (f"{DEPLOYMENT}.max_ongoing_requests", 0, "greater than 0"),
+        (f"{DEPLOYMENT}.max_ongoing_requests", 16, "never fill"),
+        (f"{DEPLOYMENT}.max_queued_requests", 0, "max_queued_requests"),
+        (f"{DEPLOYMENT}.num_replicas", 2, "not allowed when autoscaling_config"),
+        (f"{DEPLOYMENT}.autoscaling_config.min_replicas", 9, "replicas"),
+        (
+            f"{DEPLOYMENT}.autoscaling_config.target_num_ongoing_requests_per_replica",
+            9,
+            "does not know",
+        ),
+        (
+            f"{DEPLOYMENT}.autoscaling_config.target_ongoing_requests",
+            999,
+            "above max_ongoing_requests",
+        ),
+        (f"{DEPLOYMENT}.graceful_shutdown_timeout_s", 5, "less than request_timeout_s"),
+        (f"{DEPLOYMENT}.backpressure_config.retry_after", 5, "does not know"),
+        (f"{DEPLOYMENT}.ray_actor_options.num_cpu", 1, "does not know"),
+        (f"{DEPLOYMENT}.ray_actor_options.runtime_env", {"env_vars": {"A": 1}}, "quote it"),
+    ],
+)
 def test_a_fault_is_one_line_with_its_path(check, config, path, value, told):
     faults = check(changed(config, path, value))
     assert faults and all("\n" not in fault for fault in faults)
-    assert any(told in fault and fault.startswith(".".join(path.split(".")[:2])) for fault in faults), faults
+    assert any(
+        told in fault and fault.startswith(".".join(path.split(".")[:2])) for fault in faults
+    ), faults
 
 
 def test_several_faults_are_several_lines(check, config):
-    for path, value in (("a.b", 1), (f"{APP}.runtime_env", None), (f"{DEPLOYMENT}.max_ongoing_requests", "x")):
+    for path, value in (
+        ("a.b", 1),
+        (f"{APP}.runtime_env", None),
+        (f"{DEPLOYMENT}.max_ongoing_requests", "x"),
+    ):
         config = changed(config, path, value)
     assert sorted(fault.split(":")[0] for fault in check(config)) == [
-        "a", f"{DEPLOYMENT}.max_ongoing_requests", f"{APP}.runtime_env"]
+        "a",
+        f"{DEPLOYMENT}.max_ongoing_requests",
+        f"{APP}.runtime_env",
+    ]
 
 
 def test_two_applications_on_one_route(check, config):
@@ -123,39 +143,65 @@ def test_two_applications_on_one_route(check, config):
     assert any("/translate" in fault and "duplicate" in fault for fault in check(config))
 
 
-@pytest.mark.parametrize("content, told", [
-    ("", "valid dictionary"), ("- a", "valid dictionary"), ("a: [", "expected"), ("a: *b", "alias"),
-    (b"\xff", "decode"), (None, "No such file")])
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        ("", "valid dictionary"),
+        ("- a", "valid dictionary"),
+        ("a: [", "expected"),
+        ("a: *b", "alias"),
+        (b"\xff", "decode"),
+        (None, "No such file"),
+    ],
+)
 def test_no_config_at_all(folder, content, told):
     path = folder / "odd.yaml"
     path.unlink(missing_ok=True)
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     done = run(folder, "odd.yaml")
-    assert done.returncode == 1 and told in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 1 and told in done.stderr and "Traceback" not in done.stderr, (
+        done.stderr
+    )
     assert all(line.startswith("odd.yaml: ") for line in done.stderr.splitlines()), done.stderr
 
 
 def run(folder, *arguments, **environment):
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SERVE_"))}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SERVE_"))
+    }
     return subprocess.run(
-        [sys.executable, "check_serve_config.py", *arguments], cwd=folder, timeout=200, text=True, capture_output=True,
-        env={**kept, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 32, **environment})
+        [sys.executable, "check_serve_config.py", *arguments],
+        cwd=folder,
+        timeout=200,
+        text=True,
+        capture_output=True,
+        env={**kept, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 32, **environment},
+    )
 
 
 def test_deploying_waits_and_a_bad_update_leaves_the_old_version_serving(folder, config):
     def deploy(path=None, value=None, *more):
-        (folder / "new.yaml").write_text(yaml.safe_dump(changed(config, path, value) if path else config))
+        (folder / "new.yaml").write_text(
+            yaml.safe_dump(changed(config, path, value) if path else config)
+        )
         return run(folder, "new.yaml", "--deploy", f"http://127.0.0.1:{server.dashboard}", *more)
 
-    with Server(folder, "run", "serve_config.yaml", cpus=2, dashboard=True, SERVE_SLOW_STARTUP_WARNING_S="5") as server:
+    with Server(
+        folder, "run", "serve_config.yaml", cpus=2, dashboard=True, SERVE_SLOW_STARTUP_WARNING_S="5"
+    ) as server:
         server.wait()
 
         def serves():
-            return server.ask(body={"text": "Hello world!"}) == (200, {"translation": "Bonjour le monde !"})
+            return server.ask(body={"text": "Hello world!"}) == (
+                200,
+                {"translation": "Bonjour le monde !"},
+            )
 
         done = deploy()
-        assert (done.returncode, done.stdout) == (0, "new.yaml: in order, and running\n"), done.stderr
+        assert (done.returncode, done.stdout) == (0, "new.yaml: in order, and running\n"), (
+            done.stderr
+        )
         # Refused by the check, before anything is sent.
         done = deploy(f"{APP}.args.max_bach_size", 8)
         assert done.returncode == 1 and "max_bach_size" in done.stderr and serves()
@@ -170,18 +216,35 @@ def test_deploying_waits_and_a_bad_update_leaves_the_old_version_serving(folder,
         assert serves()
         # Sent past the check, as `serve deploy` would: Ray refuses it, and the old replica goes on.
         bad = yaml.safe_dump(changed(config, f"{APP}.args.max_bach_size", 8))
-        from_ray = subprocess.run([sys.executable, "-c", SEND, str(server.dashboard), bad],
-                                  env=server.environment, capture_output=True, text=True, timeout=100)
-        assert "DEPLOY_FAILED" in from_ray.stdout and "max_bach_size: Extra inputs" in from_ray.stdout, from_ray
+        from_ray = subprocess.run(
+            [sys.executable, "-c", SEND, str(server.dashboard), bad],
+            env=server.environment,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert (
+            "DEPLOY_FAILED" in from_ray.stdout and "max_bach_size: Extra inputs" in from_ray.stdout
+        ), from_ray
         assert serves()
         # And it takes the next good one.
         done = deploy(f"{APP}.args.max_batch_size", 8)
         assert done.returncode == 0 and serves(), done.stderr
         # Without the token, and without a server.
-        done = run(folder, "new.yaml", "--deploy", f"http://127.0.0.1:{server.dashboard}", RAY_AUTH_MODE="disabled")
-        assert done.returncode == 1 and "token" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+        done = run(
+            folder,
+            "new.yaml",
+            "--deploy",
+            f"http://127.0.0.1:{server.dashboard}",
+            RAY_AUTH_MODE="disabled",
+        )
+        assert (
+            done.returncode == 1 and "token" in done.stderr and len(done.stderr.splitlines()) == 1
+        ), done.stderr
     done = run(folder, "new.yaml", "--deploy", f"http://127.0.0.1:{server.dashboard}")
-    assert done.returncode == 1 and "onnect" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert (
+        done.returncode == 1 and "onnect" in done.stderr and len(done.stderr.splitlines()) == 1
+    ), done.stderr
 
 
 SEND = """

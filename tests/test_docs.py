@@ -25,11 +25,23 @@ def blocks(name, language):
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", [pytest.param(page, id=page.name, marks=pytest.mark.xdist_group(
-    "docker" if page.name == "ship.md" else "ray")) for page in PAGES if page.name not in OTHERWISE])
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(
+            page,
+            id=page.name,
+            marks=pytest.mark.xdist_group("docker" if page.name == "ship.md" else "ray"),
+        )
+        for page in PAGES
+        if page.name not in OTHERWISE
+    ],
+)
 def test_commands_print_what_the_page_says(page, tmp_path):
     found = commands(page)
-    for name, script in re.findall(r"Save as `(\S+)`:\n\n```python\n(.*?)\n```", page.read_text("utf-8"), re.DOTALL):
+    for name, script in re.findall(
+        r"Save as `(\S+)`:\n\n```python\n(.*?)\n```", page.read_text("utf-8"), re.DOTALL
+    ):
         (tmp_path / name).write_text(script)
     if page.name == "ship.md" and (not shutil.which("docker") or pods.docker("version").returncode):
         pytest.skip("no docker daemon answers")
@@ -67,13 +79,23 @@ def test_trainings_side_by_side_keep_the_best_and_resume_each_its_own(tmp_path):
     run("python template_flow.py --no-pylint run --epochs 4", folder, environment)
     whole = artifacts(folder, "best")
     # Seed 2 fails when it is trained, before it has said so: `resume` has to go on from its own checkpoint.
-    flow.write_text(source.replace(mark, f"            assert self.input != 2, 'broken off'\n{mark}"), "utf-8")
-    broken = subprocess.run([sys.executable, flow, "--no-pylint", "run", "--epochs", "4"], cwd=folder, env=environment,
-                            capture_output=True, text=True, timeout=300)
+    flow.write_text(
+        source.replace(mark, f"            assert self.input != 2, 'broken off'\n{mark}"), "utf-8"
+    )
+    broken = subprocess.run(
+        [sys.executable, flow, "--no-pylint", "run", "--epochs", "4"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert broken.returncode != 0 and "broken off" in broken.stdout + broken.stderr
     flow.write_text(source, "utf-8")
     again = run("python template_flow.py --no-pylint resume", folder, environment)
-    assert len(epochs(again)) < 5  # none of the other seeds is trained again, and this one is nearly done
+    assert (
+        len(epochs(again)) < 5
+    )  # none of the other seeds is trained again, and this one is nearly done
     resumed = artifacts(folder, "best")
     assert resumed["scores"] == whole["scores"] and resumed["model"] == whole["model"]
     assert "model: the model of run" in run("python export_model.py", folder, environment)
@@ -86,18 +108,39 @@ def test_pairs_from_s3(tmp_path):
     moto.start()
     try:
         url = "http://{}:{}".format(*moto.get_host_and_port())
-        s3 = boto3.client("s3", endpoint_url=url, **dict(zip(
-            ("aws_access_key_id", "aws_secret_access_key", "region_name"), KEYS.values())))
+        s3 = boto3.client(
+            "s3",
+            endpoint_url=url,
+            **dict(
+                zip(("aws_access_key_id", "aws_secret_access_key", "region_name"), KEYS.values())
+            ),
+        )
         s3.create_bucket(Bucket="bucket")
         s3.upload_file(pairs_file(folder / "pairs.tsv", pairs), "bucket", "pairs.tsv")
         os.remove(folder / "pairs.tsv")
-        environment = {**clean(folder), **KEYS, "METAFLOW_S3_ENDPOINT_URL": url, "METAFLOW_USER": "test",
-                       "METAFLOW_HOME": str(folder / "none"), "PYTHONPATH": str(HERE / "remote/extension"),
-                       "METAFLOW_DATATOOLS_S3ROOT": "s3://bucket/data", "STAND_IN_CLUSTER": "http://127.0.0.1:9"}
+        environment = {
+            **clean(folder),
+            **KEYS,
+            "METAFLOW_S3_ENDPOINT_URL": url,
+            "METAFLOW_USER": "test",
+            "METAFLOW_HOME": str(folder / "none"),
+            "PYTHONPATH": str(HERE / "remote/extension"),
+            "METAFLOW_DATATOOLS_S3ROOT": "s3://bucket/data",
+            "STAND_IN_CLUSTER": "http://127.0.0.1:9",
+        }
         command = "python template_flow.py --no-pylint run --epochs 1 --data s3://bucket/{}"
-        for name, expected in (("none.tsv", "s3://bucket/none.tsv"), ("pairs.tsv", "not good enough")):
-            done = subprocess.run(["bash", "-c", command.format(name)], cwd=folder, env=environment, timeout=200,
-                                  capture_output=True, text=True)
+        for name, expected in (
+            ("none.tsv", "s3://bucket/none.tsv"),
+            ("pairs.tsv", "not good enough"),
+        ):
+            done = subprocess.run(
+                ["bash", "-c", command.format(name)],
+                cwd=folder,
+                env=environment,
+                timeout=200,
+                capture_output=True,
+                text=True,
+            )
             output = done.stdout + done.stderr
             assert done.returncode != 0 and expected in output and "Traceback" not in output, output
         found = artifacts(folder, "prepare")
@@ -107,7 +150,12 @@ def test_pairs_from_s3(tmp_path):
 
 
 def test_lines_that_stop_a_run_are_the_real_ones():
-    table = (ROOT / "docs/train.md").read_text("utf-8").split("| the line that stops it |")[1].split("\n\n")[0]
+    table = (
+        (ROOT / "docs/train.md")
+        .read_text("utf-8")
+        .split("| the line that stops it |")[1]
+        .split("\n\n")[0]
+    )
     lines = re.findall(r"\| `([^`]+)` \|$", table, re.MULTILINE)
     said = [expected for _, _, expected in REFUSED.values()]
     assert len(lines) == 6
@@ -116,8 +164,12 @@ def test_lines_that_stop_a_run_are_the_real_ones():
 
 
 EVERY = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
-RUN_AS = {"console": "by this file, test_readme.py and test_update.py", "python": "saved, and run",
-          "diff": "applied, and run", "yaml": "checked by test_rayservice.py"}
+RUN_AS = {
+    "console": "by this file, test_readme.py and test_update.py",
+    "python": "saved, and run",
+    "diff": "applied, and run",
+    "yaml": "checked by test_rayservice.py",
+}
 
 
 def test_every_block_is_run_or_it_is_said_why_not():
@@ -131,42 +183,65 @@ def test_every_block_is_run_or_it_is_said_why_not():
             total += 1
             typed = re.findall(r"^\$ (.*)", block, re.MULTILINE)
             ran += language != "console" or not all(map(not_run, typed))
-        for block in re.findall(r"(?:^    \S.*\n)+", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.M), re.M):
+        for block in re.findall(
+            r"(?:^    \S.*\n)+", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.M), re.M
+        ):
             total += 1
             assert all(not_run(line.strip()) for line in block.splitlines()), (page, block)
     commanded = [command for page in EVERY for command, _ in commands(page)]
     typed = [command for command in commanded if not not_run(command)]
     print(f"{ran} of {total} blocks are run, {len(typed)} of {len(commanded)} commands")
-    used = [pattern for pattern in NOT_RUN if any(fnmatch.fnmatch(line.strip().removeprefix("$ "), pattern)
-                                                  for page in EVERY for line in page.read_text("utf-8").splitlines())]
+    used = [
+        pattern
+        for pattern in NOT_RUN
+        if any(
+            fnmatch.fnmatch(line.strip().removeprefix("$ "), pattern)
+            for page in EVERY
+            for line in page.read_text("utf-8").splitlines()
+        )
+    ]
     assert used == list(NOT_RUN)
     assert ran >= 20
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name[0] in "stu"], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name[0] in "stu"], ids=lambda page: page.name
+)
 def test_pages_are_made_alike(page):
     text = page.read_text("utf-8")
-    parts = [text.find(part) for part in ("# ", "\nGoal: ", "```console", "## What goes wrong", "\nNext: ")]
+    parts = [
+        text.find(part)
+        for part in ("# ", "\nGoal: ", "```console", "## What goes wrong", "\nNext: ")
+    ]
     assert -1 not in parts and parts == sorted(parts) and "**where your code goes" in text.lower()
 
 
 # Messages of others, which no source here holds: who says it.
 FOREIGN = {
-    "Unable to locate METAFLOW_PROFILE 'local'": "Metaflow", "Unknown user": "Metaflow",
-    "Timed out finishing run": "wandb", "... wasn't read/writable": "wandb",
-    "Destination repository is dirty; cannot continue.": "copier", "not a git repository": "git",
+    "Unable to locate METAFLOW_PROFILE 'local'": "Metaflow",
+    "Unknown user": "Metaflow",
+    "Timed out finishing run": "wandb",
+    "... wasn't read/writable": "wandb",
+    "Destination repository is dirty; cannot continue.": "copier",
+    "not a git repository": "git",
     "COPY failed: ... model: file does not exist": "Docker",
     "Bind for 127.0.0.1:8000 failed: port is already allocated": "Docker",
     "The node with node id: ... has been marked dead": "Ray",
-    "Version mismatch: The cluster was started with: ...": "Ray", "Failed to connect to GCS": "Ray",
+    "Version mismatch: The cluster was started with: ...": "Ray",
+    "Failed to connect to GCS": "Ray",
 }
 
 
 def test_messages_are_those_of_the_files():
-    sources = "".join(path.read_text("utf-8") for path in [*(ROOT / "templates").glob("*.py"), ROOT / "outdated.py"])
+    sources = "".join(
+        path.read_text("utf-8")
+        for path in [*(ROOT / "templates").glob("*.py"), ROOT / "outdated.py"]
+    )
     for page in PAGES:
         table = page.read_text("utf-8").partition("## What goes wrong")[2].partition("\n## ")[0]
         for message in re.findall(r"^\| `([^`]+)`", table, re.MULTILINE):
             if message not in FOREIGN:
-                longest = max(re.split(r"\.\.\.|\{.*?\}|\d+(?:\.\d+)?|: |<TAB>", message), key=len).strip()
+                longest = max(
+                    re.split(r"\.\.\.|\{.*?\}|\d+(?:\.\d+)?|: |<TAB>", message), key=len
+                ).strip()
                 assert len(longest) > 8 and longest in sources, (page.name, message)

@@ -18,9 +18,16 @@ EXPORT = FLOW.with_name("export_model.py")
 def export(folder, *arguments, **environment):
     """Run export_model.py as a copy in `folder`; return (exit code, everything it printed)."""
     shutil.copy(EXPORT, folder)
-    done = subprocess.run([sys.executable, "export_model.py", *arguments], cwd=folder, timeout=100, text=True,
-                          encoding="utf-8", env={**clean_environment(folder), **environment},
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        [sys.executable, "export_model.py", *arguments],
+        cwd=folder,
+        timeout=100,
+        text=True,
+        encoding="utf-8",
+        env={**clean_environment(folder), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     return done.returncode, done.stdout
 
 
@@ -39,7 +46,11 @@ def folder(trained):
 
 
 def run_id(folder):
-    return max(int(path.name) for path in (folder / ".metaflow/TemplateFlow").iterdir() if path.name.isdigit())
+    return max(
+        int(path.name)
+        for path in (folder / ".metaflow/TemplateFlow").iterdir()
+        if path.name.isdigit()
+    )
 
 
 def test_the_newest_run_becomes_a_transformers_folder(folder):
@@ -52,11 +63,21 @@ def test_the_newest_run_becomes_a_transformers_folder(folder):
     known = json.loads((folder / "model/known_answers.json").read_text("utf-8"))
     for text, answer in known.items():
         tokens = tokenizer("translate English to French: " + text, return_tensors="pt")
-        assert tokenizer.decode(model.generate(**tokens, max_new_tokens=64)[0], skip_special_tokens=True) == answer
+        assert (
+            tokenizer.decode(
+                model.generate(**tokens, max_new_tokens=64)[0], skip_special_tokens=True
+            )
+            == answer
+        )
     readme = (folder / "model/README.md").read_text("utf-8")
     scores = artifacts(folder, "evaluate")["scores"]
-    for fact in (f"TemplateFlow/{run_id(folder)}", "SHA-256", f"exact_match: {scores['exact_match']:.2f}",
-                 "transformers_version: 5.", "python_version: 3."):
+    for fact in (
+        f"TemplateFlow/{run_id(folder)}",
+        "SHA-256",
+        f"exact_match: {scores['exact_match']:.2f}",
+        "transformers_version: 5.",
+        "python_version: 3.",
+    ):
         assert fact in readme
     assert [path.name for path in folder.iterdir() if path.name.startswith(".model")] == []
 
@@ -65,7 +86,11 @@ def test_a_folder_that_is_there_stays_unless_replaced(folder):
     (folder / "model").mkdir()
     (folder / "model/mine.txt").write_text("mine")
     code, output = export(folder)
-    assert code == 1 and "model is there already; --replace overwrites it" in output and output.count("\n") == 1
+    assert (
+        code == 1
+        and "model is there already; --replace overwrites it" in output
+        and output.count("\n") == 1
+    )
     assert (folder / "model/mine.txt").read_text() == "mine"
     assert export(folder, "--replace")[0] == 0
     assert not (folder / "model/mine.txt").exists() and (folder / "model/config.json").exists()
@@ -77,11 +102,14 @@ def test_a_run_by_its_id_and_another_place(folder):
     shutil.rmtree(folder / "deep")
 
 
-@pytest.mark.parametrize("arguments, user, expected", [
-    (("--run", "77"), "test", "no run 77 of TemplateFlow"),
-    ((), "stranger", "no successful run of TemplateFlow in the namespace user:stranger"),
-    (("--output", "/dev/null/model"), "test", "cannot write /dev/null/model"),
-])
+@pytest.mark.parametrize(
+    "arguments, user, expected",
+    [
+        (("--run", "77"), "test", "no run 77 of TemplateFlow"),
+        ((), "stranger", "no successful run of TemplateFlow in the namespace user:stranger"),
+        (("--output", "/dev/null/model"), "test", "cannot write /dev/null/model"),
+    ],
+)
 def test_mistakes_get_one_line_and_write_nothing(folder, arguments, user, expected):
     code, output = export(folder, *arguments, METAFLOW_USER=user)
     assert code == 1 and expected in output and output.count("\n") == 1, output
@@ -97,7 +125,9 @@ def test_somebody_elses_run_with_their_namespace(folder):
 
 def test_where_nothing_has_run(tmp_path):
     code, output = export(tmp_path)
-    assert code == 1 and "no successful run" in output and "python template_flow.py run" in output, output
+    assert (
+        code == 1 and "no successful run" in output and "python template_flow.py run" in output
+    ), output
 
 
 def test_a_failed_run_is_passed_over(folder):
@@ -114,15 +144,24 @@ def test_killed_at_any_time_it_leaves_no_half_model(folder):
     complete = None
     for delay in (0.3, 0.6, 0.9, 1.2, 1.5, 1.8, 2.1):
         shutil.copy(EXPORT, folder)
-        process = subprocess.Popen([sys.executable, "export_model.py", "--replace"], cwd=folder,
-                                   env=clean_environment(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, "export_model.py", "--replace"],
+            cwd=folder,
+            env=clean_environment(folder),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         process.wait(20)
         if (folder / "model").exists():
-            files = sorted((path.name, path.stat().st_size) for path in Path(folder / "model").iterdir())
+            files = sorted(
+                (path.name, path.stat().st_size) for path in Path(folder / "model").iterdir()
+            )
             complete = complete or files
-            assert [name for name, _ in files] == [name for name, _ in complete] and "config.json" in dict(files)
+            assert [name for name, _ in files] == [
+                name for name, _ in complete
+            ] and "config.json" in dict(files)
     for path in folder.glob(".model-*"):
         shutil.rmtree(path)
     assert os.path.exists(folder / "export_model.py")

@@ -18,18 +18,29 @@ def folder(tmp_path_factory):
 
 
 def test_a_killed_process_costs_no_more_than_the_page_says(folder):
-    names = ["replica killed", "proxy killed", "controller killed", "slow disk"]  # the others have tests of their own
-    rows = {name: figures for name, *figures in faults.serve_faults(folder, names, times=1, pause=2)}
+    names = [
+        "replica killed",
+        "proxy killed",
+        "controller killed",
+        "slow disk",
+    ]  # the others have tests of their own
+    rows = {
+        name: figures for name, *figures in faults.serve_faults(folder, names, times=1, pause=2)
+    }
     print(rows)
     assert list(rows) == names
     for name, (times, flying, lost, with_retry, wrong, recovered) in rows.items():
         assert (times, with_retry, wrong) == (1, 0, 0) and 0 < flying <= 8
         # Four clients ask once: what is under way, and while there is no proxy, ten times a second.
-        assert lost <= {"replica killed": 4, "proxy killed": 40 * (float(recovered) + 1)}.get(name, 0), name
+        assert lost <= {"replica killed": 4, "proxy killed": 40 * (float(recovered) + 1)}.get(
+            name, 0
+        ), name
 
 
 def test_with_too_many_requests_it_goes_on_answering(folder):
-    ((_, _, _, requests, _, _, refused, lost, wrong),) = faults.arrivals(folder, ["load of 150 %"], 30)
+    ((_, _, _, requests, _, _, refused, lost, wrong),) = faults.arrivals(
+        folder, ["load of 150 %"], 30
+    )
     print(f"{requests} requests, {refused} of them refused")
     assert (lost, wrong) == (0, 0)
     # Four in five where Ray's router waits as long as it does by itself; one in three here, more if other tests run.
@@ -38,16 +49,23 @@ def test_with_too_many_requests_it_goes_on_answering(folder):
 
 def test_nothing_grows(folder, monkeypatch):
     monkeypatch.setattr(faults, "PAGE", folder / "page.md")
-    rows = {name: (int(early), int(late)) for name, _, early, late, _, wrong in faults.long_run(
-        folder, ["long run"], minutes=0.25) if not wrong}
+    rows = {
+        name: (int(early), int(late))
+        for name, _, early, late, _, wrong in faults.long_run(folder, ["long run"], minutes=0.25)
+        if not wrong
+    }
     assert len(rows) == 3 * len(faults.PARTS) + 1 and (folder / "page.svg").stat().st_size > 5000
     more = {"memory in MB": 60, "open files": 12, "threads": 12, "logs in MB": 30}
-    assert all(late <= early + more[name.split(", ")[1]] for name, (early, late) in rows.items()), rows
+    assert all(late <= early + more[name.split(", ")[1]] for name, (early, late) in rows.items()), (
+        rows
+    )
 
 
 def test_page_has_a_row_for_each():
     page = (ROOT / "docs/reliability.md").read_text("utf-8")
     for name in faults.NAMES[:-1]:
         assert f"| {name} |" in page
-    assert all((ROOT / "tests" / name).exists() or (ROOT / "templates" / name).exists()
-               for name in re.findall(r"`(test_\w+\.py)`", page))
+    assert all(
+        (ROOT / "tests" / name).exists() or (ROOT / "templates" / name).exists()
+        for name in re.findall(r"`(test_\w+\.py)`", page)
+    )

@@ -22,9 +22,16 @@ def unbroken(tmp_path_factory):
 
 def killed(folder, *options):
     """Run the flow, kill -9 the task of `train` after epoch 4; return (exit code, everything it printed)."""
-    process = subprocess.Popen([sys.executable, str(FLOW), "--no-pylint", *TRAINING, *options], cwd=folder, text=True,
-                               encoding="utf-8", env=clean_environment(folder), stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, str(FLOW), "--no-pylint", *TRAINING, *options],
+        cwd=folder,
+        text=True,
+        encoding="utf-8",
+        env=clean_environment(folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     output, victim = "", None
     try:
         for line in process.stdout:
@@ -48,7 +55,9 @@ def test_resume_goes_on_from_the_last_checkpoint(tmp_path, unbroken):
     assert code != 0 and max(epochs(output)) > 4, output
     code, output = run(tmp_path, command=("resume",))
     assert code == 0, output
-    assert 3 < min(epochs(output)) < 5 and max(epochs(output)) == 8  # no epoch before the checkpoint again
+    assert (
+        3 < min(epochs(output)) < 5 and max(epochs(output)) == 8
+    )  # no epoch before the checkpoint again
     found = artifacts(tmp_path, "train")
     assert found["model"]["model.safetensors"] == unbroken["model"]["model.safetensors"]
     assert found["losses"][-3:] == unbroken["losses"][-3:]
@@ -60,7 +69,10 @@ def test_retry_goes_on_from_the_last_checkpoint(tmp_path, unbroken):
     done = epochs(output)
     restart = next(i for i in range(1, len(done)) if done[i] <= done[i - 1])
     assert min(done[restart:]) > 3 and max(done) == 8
-    assert artifacts(tmp_path, "train")["model"]["model.safetensors"] == unbroken["model"]["model.safetensors"]
+    assert (
+        artifacts(tmp_path, "train")["model"]["model.safetensors"]
+        == unbroken["model"]["model.safetensors"]
+    )
     assert output.count("wandb sync") == 2  # one of the second attempt at train, one of evaluate
 
 
@@ -68,7 +80,10 @@ def test_a_new_run_takes_nothing_from_an_older_one(tmp_path, unbroken):
     for _ in range(2):
         code, output = run(tmp_path, *TRAINING[1:])
         assert code == 0 and min(epochs(output)) < 1, output
-    assert artifacts(tmp_path, "train")["model"]["model.safetensors"] == unbroken["model"]["model.safetensors"]
+    assert (
+        artifacts(tmp_path, "train")["model"]["model.safetensors"]
+        == unbroken["model"]["model.safetensors"]
+    )
 
 
 def test_errors_of_s3_change_nothing(tmp_path, unbroken):

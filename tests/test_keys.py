@@ -19,7 +19,10 @@ from test_tracking import tracked
 from wandb_stand_in import StandIn
 
 CANARY = "canary-7f3a-not-real-0000000000000000000000000000"
-NEEDLES = [b"canary-7f3a", *(base64.b64encode(before + CANARY.encode())[4:32] for before in (b"api:", b"aapi:", b""))]
+NEEDLES = [
+    b"canary-7f3a",
+    *(base64.b64encode(before + CANARY.encode())[4:32] for before in (b"api:", b"aapi:", b"")),
+]
 EXAMPLE = FLOW.with_name(".env.example")
 
 
@@ -37,7 +40,11 @@ def hits(folder, but=()):
     """The files in a folder that hold the key, in whatever dress."""
     files = [file for file in folder.rglob("*") if file.is_file() and file.name not in but]
     assert files
-    return [file for file in files if any(needle in each for each in plain(file.read_bytes()) for needle in NEEDLES)]
+    return [
+        file
+        for file in files
+        if any(needle in each for each in plain(file.read_bytes()) for needle in NEEDLES)
+    ]
 
 
 def artifacts_with_key(folder, flow="TemplateFlow"):
@@ -56,8 +63,15 @@ for step in next(iter(Flow("{flow}"))):
         found += [task.pathspec] * ("canary-7f3a" in task.stdout + task.stderr + repr(task.metadata_dict))
 print(json.dumps([names, found]))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=clean_environment(folder), timeout=100,
-                          check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=clean_environment(folder),
+        timeout=100,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     names, found = json.loads(done.stdout)
     return set(names), found
 
@@ -70,18 +84,43 @@ def ran(request, both):
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """A tracked run with the key before the command, and one with it in .env beside the flow."""
+
     def start(way):
         folder = tmp_path_factory.mktemp(way.replace(" ", "_"))
         flow = Path(shutil.copy(FLOW, folder))
         with StandIn() as server:
             if way == "command":
-                return tracked(folder, server, "--offline", "False", "--epochs", "2", flow=flow, WANDB_API_KEY=CANARY)
+                return tracked(
+                    folder,
+                    server,
+                    "--offline",
+                    "False",
+                    "--epochs",
+                    "2",
+                    flow=flow,
+                    WANDB_API_KEY=CANARY,
+                )
             example = EXAMPLE.read_text()
-            assert re.search("^WANDB_API_KEY=$", example, re.M) and re.search("^WANDB_PROJECT=$", example, re.M)
-            (folder / ".env").write_text(example.replace("WANDB_API_KEY=", f"WANDB_API_KEY={CANARY}").replace(
-                "WANDB_PROJECT=", "WANDB_PROJECT=from-env-file"))
-            return tracked(folder, server, "--offline", "False", "--epochs", "2", flow=flow, WANDB_API_KEY=None,
-                           WANDB_PROJECT=None)
+            assert re.search("^WANDB_API_KEY=$", example, re.M) and re.search(
+                "^WANDB_PROJECT=$", example, re.M
+            )
+            (folder / ".env").write_text(
+                example.replace("WANDB_API_KEY=", f"WANDB_API_KEY={CANARY}").replace(
+                    "WANDB_PROJECT=", "WANDB_PROJECT=from-env-file"
+                )
+            )
+            return tracked(
+                folder,
+                server,
+                "--offline",
+                "False",
+                "--epochs",
+                "2",
+                flow=flow,
+                WANDB_API_KEY=None,
+                WANDB_PROJECT=None,
+            )
+
     with ThreadPoolExecutor(2) as pool:
         yield dict(zip(("command", "env file"), pool.map(start, ("command", "env file"))))
 
@@ -119,10 +158,19 @@ def test_the_key_is_not_sent_as_data(ran):
 
 def test_the_code_package_leaves_the_env_file_at_home(both, tmp_path):
     folder = both["env file"].folder
+
     def package(*command):
-        return subprocess.run([sys.executable, "template_flow.py", "--no-pylint", "package", *command], cwd=folder,
-                              env=clean_environment(folder), timeout=60, text=True, check=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return subprocess.run(
+            [sys.executable, "template_flow.py", "--no-pylint", "package", *command],
+            cwd=folder,
+            env=clean_environment(folder),
+            timeout=60,
+            text=True,
+            check=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
     listed = package("list").stdout
     assert "template_flow.py" in listed and ".env" not in listed
     package("save", str(tmp_path / "package.tgz"))
@@ -130,7 +178,10 @@ def test_the_code_package_leaves_the_env_file_at_home(both, tmp_path):
         names = archive.getnames()
         archive.extractall(tmp_path / "content", filter="data")
     assert any(name.endswith("template_flow.py") for name in names)
-    assert not any(Path(name).name.startswith(".env") for name in names) and hits(tmp_path / "content") == []
+    assert (
+        not any(Path(name).name.startswith(".env") for name in names)
+        and hits(tmp_path / "content") == []
+    )
 
 
 def test_a_key_that_leaks_would_be_found(tmp_path):
@@ -148,8 +199,14 @@ class LeakyFlow(FlowSpec):
         pass
 LeakyFlow()
 """)
-    subprocess.run([sys.executable, "leaky.py", "--no-pylint", "run"], cwd=tmp_path, timeout=60, check=True,
-                   env={**clean_environment(tmp_path), "WANDB_API_KEY": CANARY}, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "leaky.py", "--no-pylint", "run"],
+        cwd=tmp_path,
+        timeout=60,
+        check=True,
+        env={**clean_environment(tmp_path), "WANDB_API_KEY": CANARY},
+        stdout=subprocess.DEVNULL,
+    )
     names, found = artifacts_with_key(tmp_path, "LeakyFlow")
     assert any("_graph_info" in each for each in found) and hits(tmp_path)
     (tmp_path / "header").mkdir()
@@ -162,8 +219,13 @@ LeakyFlow()
 
 def test_git_ignores_the_env_file_and_keeps_its_example():
     root = FLOW.parents[1]
-    ignored = [subprocess.run(["git", "check-ignore", "-q", str(FLOW.with_name(name))], cwd=root).returncode == 0
-               for name in (".env", ".env.example")]
+    ignored = [
+        subprocess.run(
+            ["git", "check-ignore", "-q", str(FLOW.with_name(name))], cwd=root
+        ).returncode
+        == 0
+        for name in (".env", ".env.example")
+    ]
     assert ignored == [True, False]
 
 
@@ -176,7 +238,17 @@ def test_an_untouched_example_is_as_good_as_none(tmp_path):
     """The example copied and not filled in: the names are still said, not taken for keys."""
     flow = Path(shutil.copy(FLOW, tmp_path))
     shutil.copy(EXAMPLE, tmp_path / ".env")
-    run = tracked(tmp_path, None, "--offline", "False", url="http://127.0.0.1:9", flow=flow, WANDB_API_KEY=None,
-                  WANDB_PROJECT=None)
-    assert run.code != 0 and "--offline False needs WANDB_API_KEY and WANDB_PROJECT" in run.output, run.output
+    run = tracked(
+        tmp_path,
+        None,
+        "--offline",
+        "False",
+        url="http://127.0.0.1:9",
+        flow=flow,
+        WANDB_API_KEY=None,
+        WANDB_PROJECT=None,
+    )
+    assert (
+        run.code != 0 and "--offline False needs WANDB_API_KEY and WANDB_PROJECT" in run.output
+    ), run.output
     assert "Traceback" not in run.output and not os.path.exists(tmp_path / "wandb")

@@ -13,11 +13,15 @@ from loopback import Files, served
 from test_template_flow import run
 from test_template_ray_serve import project, server  # noqa: F401  (fixtures)
 
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.skipif(not browser.find(), reason="no chromium")]
+pytestmark = [
+    pytest.mark.xdist_group("ray"),
+    pytest.mark.skipif(not browser.find(), reason="no chromium"),
+]
 
 
 class Pressed(http.server.BaseHTTPRequestHandler):
     """The app as it is, but somebody presses the button of its page as soon as it is shown."""
+
     def log_message(self, *_):
         pass
 
@@ -57,8 +61,12 @@ def test_cards_are_drawn(tmp_path):
         shown = {}
         for step in ("train", "evaluate"):
             # `train` has a second card, of its checkpoints.
-            pages = [browser.look(f"{here.url}/{path.relative_to(cards)}")
-                     for path in cards.glob(f"*/steps/{step}/tasks/*/cards/*.html")]
+            pages = [
+                browser.look(f"{here.url}/{path.relative_to(cards)}")
+                for path in cards.glob(f"*/steps/{step}/tasks/*/cards/*.html")
+            ]
             shown[step] = "".join(pages)
-    assert "W&amp;B: offline" in shown["train"] and re.search(r"<svg[^>]*(marks|vega)|<canvas", shown["train"])
+    assert "W&amp;B: offline" in shown["train"] and re.search(
+        r"<svg[^>]*(marks|vega)|<canvas", shown["train"]
+    )
     assert "chrf_of_copying" in shown["evaluate"] and "Bonjour" in shown["evaluate"]

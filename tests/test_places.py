@@ -15,9 +15,23 @@ QUICK = ("run", "--offline", "True", "--epochs", "4")  # enough to be better tha
 
 def run(command, folder, seconds=300, **more):
     """Run a command with nothing of the caller's environment; return (exit code, everything it printed)."""
-    environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", **more}
-    done = subprocess.run([str(part) for part in command], cwd=folder, timeout=seconds, text=True, encoding="utf-8",
-                          env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(folder),
+        "LANG": "C.UTF-8",
+        "OMP_NUM_THREADS": "1",
+        **more,
+    }
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=folder,
+        timeout=seconds,
+        text=True,
+        encoding="utf-8",
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     return done.returncode, done.stdout
 
 
@@ -31,7 +45,9 @@ def git_repository(folder, *names):
 
 def test_flow_copied_alone_runs_without_any_settings(tmp_path):
     folder = git_repository(tmp_path, "template_flow.py")
-    code, output = run([sys.executable, "template_flow.py", "run", "--offline", "True"], folder, USER="somebody")
+    code, output = run(
+        [sys.executable, "template_flow.py", "run", "--offline", "True"], folder, USER="somebody"
+    )
     assert code == 0 and "Pylint is happy" in output and "Done!" in output, output
     assert "Traceback" not in output and "rror" not in output, output
 
@@ -42,8 +58,13 @@ def test_flow_with_the_profile_local_from_another_directory(tmp_path):
     (home / "config_local.json").write_text("{}\n")
     elsewhere = tmp_path / "else where"
     elsewhere.mkdir()
-    code, output = run([sys.executable, TEMPLATES / "template_flow.py", "--no-pylint", *QUICK], elsewhere,
-                       HOME=str(tmp_path), METAFLOW_PROFILE="local", METAFLOW_USER="test")
+    code, output = run(
+        [sys.executable, TEMPLATES / "template_flow.py", "--no-pylint", *QUICK],
+        elsewhere,
+        HOME=str(tmp_path),
+        METAFLOW_PROFILE="local",
+        METAFLOW_USER="test",
+    )
     assert code == 0 and "Done!" in output, output
     assert (elsewhere / ".metaflow").is_dir()
 
@@ -57,25 +78,63 @@ def test_flow_as_another_user(tmp_path):
     for parent in folder.parents:  # pytest keeps its folders to their owner
         if parent.stat().st_uid == 0 and parent != Path("/"):
             parent.chmod(parent.stat().st_mode | 0o011)
-    command = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups",
-               # The interpreter may lie where only root may look: this user may read everything, and write nothing.
-               "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search",
-               sys.executable, "template_flow.py", "--no-pylint", *QUICK]
+    command = [
+        "setpriv",
+        f"--reuid={user.pw_uid}",
+        f"--regid={user.pw_gid}",
+        "--clear-groups",
+        # The interpreter may lie where only root may look: this user may read everything, and write nothing.
+        "--inh-caps=+dac_read_search",
+        "--ambient-caps=+dac_read_search",
+        sys.executable,
+        "template_flow.py",
+        "--no-pylint",
+        *QUICK,
+    ]
     code, output = run(command, folder, METAFLOW_USER="nobody")
     assert code == 0 and "Done!" in output, output
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root and unshare")
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root and unshare"
+)
 def test_copied_tests_pass_without_a_network(tmp_path):
     """The tests that travel with the copy, in a network namespace that has a loopback device and no route."""
     for name in ("template_flow.py", "template_ray_serve.py"):
         folder = git_repository(tmp_path / name, name, f"test_{name}")
-        requirements = {"template_flow.py": "requirements.outerbounds.txt",
-                        "template_ray_serve.py": "requirements-rayserve.txt"}
+        requirements = {
+            "template_flow.py": "requirements.outerbounds.txt",
+            "template_ray_serve.py": "requirements-rayserve.txt",
+        }
         shutil.copy(TEMPLATES / requirements[name], folder)
-        stray = {"METAFLOW_DEFAULT_DATASTORE": "s3", "METAFLOW_PROFILE": "nowhere", "WANDB_API_KEY": "x" * 40,
-                 "WANDB_MODE": "online", "RAY_ADDRESS": "127.0.0.1:1", "METAFLOW_USER": "test"}
-        code, output = run(["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", sys.executable,
-                            "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"test_{name}"],
-                           folder, 500, **stray)
+        stray = {
+            "METAFLOW_DEFAULT_DATASTORE": "s3",
+            "METAFLOW_PROFILE": "nowhere",
+            "WANDB_API_KEY": "x" * 40,
+            "WANDB_MODE": "online",
+            "RAY_ADDRESS": "127.0.0.1:1",
+            "METAFLOW_USER": "test",
+        }
+        code, output = run(
+            [
+                "unshare",
+                "--net",
+                "sh",
+                "-c",
+                'ip link set lo up && exec "$@"',
+                "sh",
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:xdist",
+                f"test_{name}",
+            ],
+            folder,
+            500,
+            **stray,
+        )
         assert code == 0 and " passed" in output, output

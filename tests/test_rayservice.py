@@ -18,7 +18,9 @@ from test_house import check_for_github
 
 ROOT = Path(__file__).parents[1]
 TEMPLATES = ROOT / "templates"
-CRD = ROOT.parent / "shared/schemas/ray.io_rayservices.yaml"  # KubeRay's published schema, where somebody has put it
+CRD = (
+    ROOT.parent / "shared/schemas/ray.io_rayservices.yaml"
+)  # KubeRay's published schema, where somebody has put it
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +50,13 @@ def strict(schema):
 
 
 @pytest.mark.needs_file
-@pytest.mark.skipif(not CRD.exists(), reason=f"KubeRay's schema is not at {CRD}; download it to check against it")
+@pytest.mark.skipif(
+    not CRD.exists(), reason=f"KubeRay's schema is not at {CRD}; download it to check against it"
+)
 def test_kuberay_knows_every_key(service):
-    version = next(each for each in yaml.safe_load(CRD.read_text())["spec"]["versions"] if each["name"] == "v1")
+    version = next(
+        each for each in yaml.safe_load(CRD.read_text())["spec"]["versions"] if each["name"] == "v1"
+    )
     schema = strict(version["schema"]["openAPIV3Schema"])
     schema["properties"]["metadata"] = {"type": "object"}
     jsonschema.validate(service, schema)
@@ -65,25 +71,54 @@ def test_config_is_that_of_the_laptop_and_in_order(service, config, tmp_path):
     for name in ("check_serve_config.py", "template_ray_serve.py"):
         (tmp_path / name).write_bytes((TEMPLATES / name).read_bytes())
     (tmp_path / "its.yaml").write_text(service["spec"]["serveConfigV2"])
-    done = subprocess.run([sys.executable, "check_serve_config.py", "its.yaml"], cwd=tmp_path, timeout=100, text=True,
-                          capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "check_serve_config.py", "its.yaml"],
+        cwd=tmp_path,
+        timeout=100,
+        text=True,
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr
 
 
 class Discovery(http.server.BaseHTTPRequestHandler):
     """What `kubectl` asks an API server before it looks at a file: which kinds there are."""
-    KINDS = {"ray.io/v1": "RayService", "networking.k8s.io/v1": "NetworkPolicy", "policy/v1": "PodDisruptionBudget"}
+
+    KINDS = {
+        "ray.io/v1": "RayService",
+        "networking.k8s.io/v1": "NetworkPolicy",
+        "policy/v1": "PodDisruptionBudget",
+    }
 
     def do_GET(self):
         path = self.path.partition("?")[0]
         if kind := self.KINDS.get(path.removeprefix("/apis/")):
-            answer = {"kind": "APIResourceList", "groupVersion": path.removeprefix("/apis/"), "resources": [
-                {"name": f"{kind.lower()}s", "kind": kind, "namespaced": True, "verbs": ["create", "get", "patch"]}]}
+            answer = {
+                "kind": "APIResourceList",
+                "groupVersion": path.removeprefix("/apis/"),
+                "resources": [
+                    {
+                        "name": f"{kind.lower()}s",
+                        "kind": kind,
+                        "namespaced": True,
+                        "verbs": ["create", "get", "patch"],
+                    }
+                ],
+            }
         else:
-            versions = {name: {"groupVersion": name, "version": "v1"} for name in self.KINDS if path == "/apis"}
-            answer = {"kind": "APIGroupList", "apiVersion": "v1", "groups": [
-                {"name": name.split("/")[0], "versions": [each], "preferredVersion": each}
-                for name, each in versions.items()]}
+            versions = {
+                name: {"groupVersion": name, "version": "v1"}
+                for name in self.KINDS
+                if path == "/apis"
+            }
+            answer = {
+                "kind": "APIGroupList",
+                "apiVersion": "v1",
+                "groups": [
+                    {"name": name.split("/")[0], "versions": [each], "preferredVersion": each}
+                    for name, each in versions.items()
+                ],
+            }
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.end_headers()
@@ -93,13 +128,31 @@ class Discovery(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.skipif(not shutil.which("kubectl"), reason="no kubectl: install Debian's package kubernetes-client")
+@pytest.mark.skipif(
+    not shutil.which("kubectl"), reason="no kubectl: install Debian's package kubernetes-client"
+)
 def test_kubectl_reads_the_same(documents, tmp_path):
     with served(Discovery) as server:
         done = subprocess.run(
-            ["kubectl", "--server", server.url, "--cache-dir", str(tmp_path), "create", "--dry-run=client",
-             "--validate=false", "-o", "yaml", "-f", str(TEMPLATES / "rayservice.yaml")],
-            capture_output=True, text=True, timeout=60, env={**os.environ, "KUBECONFIG": os.devnull})
+            [
+                "kubectl",
+                "--server",
+                server.url,
+                "--cache-dir",
+                str(tmp_path),
+                "create",
+                "--dry-run=client",
+                "--validate=false",
+                "-o",
+                "yaml",
+                "-f",
+                str(TEMPLATES / "rayservice.yaml"),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, "KUBECONFIG": os.devnull},
+        )
     assert done.returncode == 0, done.stderr
     read = list(yaml.safe_load_all(done.stdout))
     for each in read:
@@ -108,7 +161,9 @@ def test_kubectl_reads_the_same(documents, tmp_path):
 
 
 def test_table_of_sizes_counts_right():
-    rows = re.findall(r"^\| \w+ \| (\d+) \| (\d+) \| (\d+) \|$", (ROOT / "docs/ship.md").read_text("utf-8"), re.M)
+    rows = re.findall(
+        r"^\| \w+ \| (\d+) \| (\d+) \| (\d+) \|$", (ROOT / "docs/ship.md").read_text("utf-8"), re.M
+    )
     assert len(rows) == 3
     for each in rows:
         rate, for_50, for_200 = map(int, each)
@@ -143,18 +198,27 @@ def test_pods_run_without_rights(service):
     for group in groups(service):
         pod = group["template"]["spec"]
         (container,) = pod["containers"]
-        assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] >= 1000
+        assert (
+            pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] >= 1000
+        )
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True,
-                                                "capabilities": {"drop": ["ALL"]}}
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
         assert {each["mountPath"] for each in container["volumeMounts"]} == {"/tmp", "/dev/shm"}
-        assert {each["name"] for each in container["volumeMounts"]} == {each["name"] for each in pod["volumes"]}
+        assert {each["name"] for each in container["volumeMounts"]} == {
+            each["name"] for each in pod["volumes"]
+        }
     assert groups(service)[1]["template"]["spec"]["automountServiceAccountToken"] is False
     assert service["spec"]["rayClusterConfig"]["authOptions"] == {"mode": "token"}
 
 
 def test_versions_and_names(service, documents):
-    pinned = re.search(r"^ray\[serve\]==(\S+)$", (TEMPLATES / "requirements-rayserve.txt").read_text(), re.M)[1]
+    pinned = re.search(
+        r"^ray\[serve\]==(\S+)$", (TEMPLATES / "requirements-rayserve.txt").read_text(), re.M
+    )[1]
     assert service["spec"]["rayClusterConfig"]["rayVersion"] == pinned
     assert len(service["metadata"]["name"]) <= 40
     images = {group["template"]["spec"]["containers"][0]["image"] for group in groups(service)}
@@ -167,15 +231,23 @@ def test_what_selects_pods_finds_them(service, documents):
     _, policy, budget = documents
     assert (policy["kind"], budget["kind"]) == ("NetworkPolicy", "PodDisruptionBudget")
     for group in groups(service):
-        assert policy["spec"]["podSelector"]["matchLabels"].items() <= group["template"]["metadata"]["labels"].items()
+        assert (
+            policy["spec"]["podSelector"]["matchLabels"].items()
+            <= group["template"]["metadata"]["labels"].items()
+        )
     # KubeRay adds ray.io/node-type itself. A budget by maxUnavailable needs a controller that Kubernetes knows.
-    assert budget["spec"]["selector"]["matchLabels"]["app"] == "translator" and budget["spec"]["minAvailable"] == 1
+    assert (
+        budget["spec"]["selector"]["matchLabels"]["app"] == "translator"
+        and budget["spec"]["minAvailable"] == 1
+    )
     open_to_all = [rule["ports"] for rule in policy["spec"]["ingress"] if "from" not in rule]
     assert open_to_all == [[{"port": 8000}]]
 
 
 def test_workflow_of_the_page_is_one_and_names_actions_by_commit(tmp_path):
-    (block,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs/ship.md").read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    (block,) = re.findall(
+        r"^```yaml\n(.*?)^```", (ROOT / "docs/ship.md").read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
     (tmp_path / "image.yml").write_text(block)
     check_for_github(tmp_path / "image.yml", "github-workflows")
     workflow = yaml.safe_load(block)
@@ -183,4 +255,8 @@ def test_workflow_of_the_page_is_one_and_names_actions_by_commit(tmp_path):
     (job,) = workflow["jobs"].values()
     assert "timeout-minutes" in job and set(job["permissions"]) == {"contents", "packages"}
     used = re.findall(r"uses: (\S+) # v", block)
-    assert used and len(used) == block.count("uses:") and all(re.search("@[0-9a-f]{40}$", each) for each in used)
+    assert (
+        used
+        and len(used) == block.count("uses:")
+        and all(re.search("@[0-9a-f]{40}$", each) for each in used)
+    )

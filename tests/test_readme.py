@@ -37,7 +37,9 @@ NOT_RUN = {  # pattern: why
 def commands(page=ROOT / "README.md"):
     """[(command, lines of output that follow it), ...] in the order of a page."""
     found = []
-    for block in re.findall(r"^```console\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE):
+    for block in re.findall(
+        r"^```console\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE
+    ):
         for line in block.splitlines():
             if line.startswith("$ "):
                 found.append((line[2:], []))
@@ -63,8 +65,16 @@ def shows(output, expected):
 
 
 def run(command, folder, environment):
-    done = subprocess.run(["bash", "-c", command], cwd=folder, env=environment, timeout=400, text=True,
-                          encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        env=environment,
+        timeout=400,
+        text=True,
+        encoding="utf-8",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert done.returncode == 0, done.stdout
     return done.stdout
 
@@ -72,8 +82,14 @@ def run(command, folder, environment):
 def clean(folder):
     """The environment of somebody who has just opened a terminal, with the installed packages on the path."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {"PATH": path, "HOME": str(folder), "USER": "reader", "LANG": "C.UTF-8", "RAY_ADDRESS": "local",
-            "OMP_NUM_THREADS": "1"}
+    return {
+        "PATH": path,
+        "HOME": str(folder),
+        "USER": "reader",
+        "LANG": "C.UTF-8",
+        "RAY_ADDRESS": "local",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def wait_for(url, server, log):
@@ -115,13 +131,22 @@ def run_all(pairs, folder):
                 continue
             done += 1
             if command.startswith("docker build "):
-                options, (tag,) = " ".join(stack.enter_context(build_options())), re.findall(r"-t (\S+)", command)
+                options, (tag,) = (
+                    " ".join(stack.enter_context(build_options())),
+                    re.findall(r"-t (\S+)", command),
+                )
                 command = command.replace("docker build ", f"docker build {options} ")
-                stack.callback(subprocess.run, ["docker", "image", "rm", tag], stdout=subprocess.DEVNULL)
+                stack.callback(
+                    subprocess.run, ["docker", "image", "rm", tag], stdout=subprocess.DEVNULL
+                )
             if command.startswith(("serve run", "docker run --mount")):
                 stack.enter_context(alone(8000))
-                server = subprocess.Popen(["bash", "-c", f"exec {command} > serve.log 2>&1"], cwd=folder,
-                                          env=environment, start_new_session=True)
+                server = subprocess.Popen(
+                    ["bash", "-c", f"exec {command} > serve.log 2>&1"],
+                    cwd=folder,
+                    env=environment,
+                    start_new_session=True,
+                )
                 stack.callback(server.wait, 60)
                 stack.callback(server.send_signal, signal.SIGTERM)
                 wait_for("http://127.0.0.1:8000/translate/health", server, folder / "serve.log")
@@ -133,7 +158,12 @@ def run_all(pairs, folder):
 
 def test_files_that_the_readme_names_are_there():
     tree = (ROOT / "README.md").read_text("utf-8").split("## What is here")[1].split("```")[1]
-    names, files = r"[\w-]*\.[\w.-]+\w|Dockerfile[\w-]*", tree.split("templates/ ")[1].split("\ndocs/ ")[0]
+    names, files = (
+        r"[\w-]*\.[\w.-]+\w|Dockerfile[\w-]*",
+        tree.split("templates/ ")[1].split("\ndocs/ ")[0],
+    )
     described = set(re.findall(names, files))
-    kept = {path for path in (ROOT / "templates").iterdir() if path.is_file() and path.name != ".env"}
+    kept = {
+        path for path in (ROOT / "templates").iterdir() if path.is_file() and path.name != ".env"
+    }
     assert {path.name for path in kept} == described

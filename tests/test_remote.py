@@ -33,13 +33,21 @@ from test_interrupted import epochs
 logging.getLogger("werkzeug").setLevel("ERROR")
 HERE, TEMPLATES = Path(__file__).parent, Path(__file__).parents[1] / "templates"
 IMAGE = "template_flow_image:test"
-KEYS = {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none", "AWS_DEFAULT_REGION": "us-east-1"}
-CANARY = secrets.token_hex(20)  # a key that has to be in the environment of a step, and nowhere else
+KEYS = {
+    "AWS_ACCESS_KEY_ID": "none",
+    "AWS_SECRET_ACCESS_KEY": "none",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+CANARY = secrets.token_hex(
+    20
+)  # a key that has to be in the environment of a step, and nowhere else
 LABEL = f"template-flow-test={CANARY[:8]}"
 SHOW_KEY = 'print("key", hashlib.sha256(os.environ["WANDB_API_KEY"].encode()).hexdigest())'
 KEY_SHOWN = f"key {hashlib.sha256(CANARY.encode()).hexdigest()}"
 WITH_IMAGE = {"IMAGE = None": f"IMAGE = {IMAGE!r}"}
-ON_CLUSTER = {'nvidia(gpu=1, gpu_type="L40S")': "kubernetes(image=IMAGE, gpu=1, memory=16_000, disk=20_000)"}
+ON_CLUSTER = {
+    'nvidia(gpu=1, gpu_type="L40S")': "kubernetes(image=IMAGE, gpu=1, memory=16_000, disk=20_000)"
+}
 docker_test = pytest.mark.xdist_group("docker")
 
 
@@ -58,25 +66,50 @@ def profile(folder, **more):
     """The environment of somebody whose Metaflow is configured for a cluster."""
     home = folder / "metaflowconfig"
     home.mkdir(exist_ok=True)
-    settings = {"METAFLOW_DEFAULT_DATASTORE": "s3", "METAFLOW_DATASTORE_SYSROOT_S3": "s3://flows/metaflow",
-                "METAFLOW_DATATOOLS_S3ROOT": "s3://flows/data", "METAFLOW_KUBERNETES_NAMESPACE": "default",
-                "OBP_PERIMETER": "tests", "OBP_AUTH_SERVER": "auth.invalid", "METAFLOW_SERVICE_AUTH_KEY": "none"}
+    settings = {
+        "METAFLOW_DEFAULT_DATASTORE": "s3",
+        "METAFLOW_DATASTORE_SYSROOT_S3": "s3://flows/metaflow",
+        "METAFLOW_DATATOOLS_S3ROOT": "s3://flows/data",
+        "METAFLOW_KUBERNETES_NAMESPACE": "default",
+        "OBP_PERIMETER": "tests",
+        "OBP_AUTH_SERVER": "auth.invalid",
+        "METAFLOW_SERVICE_AUTH_KEY": "none",
+    }
     settings["OBP_INTEGRATIONS_URL"] = more.pop("integrations", "http://127.0.0.1:9")
     (home / "config_cluster.json").write_text(json.dumps(settings))
-    return {"PATH": os.environ["PATH"], "HOME": str(folder), "METAFLOW_HOME": str(home), "METAFLOW_PROFILE": "cluster",
-            "METAFLOW_USER": "test", "PYTHONPATH": str(HERE / "remote/extension"), "STAND_IN_CLUSTER": "http://127.0.0.1:9",
-            "METAFLOW_CLIENT_CACHE_PATH": str(folder / "cache"), **KEYS, **more}
+    return {
+        "PATH": os.environ["PATH"],
+        "HOME": str(folder),
+        "METAFLOW_HOME": str(home),
+        "METAFLOW_PROFILE": "cluster",
+        "METAFLOW_USER": "test",
+        "PYTHONPATH": str(HERE / "remote/extension"),
+        "STAND_IN_CLUSTER": "http://127.0.0.1:9",
+        "METAFLOW_CLIENT_CACHE_PATH": str(folder / "cache"),
+        **KEYS,
+        **more,
+    }
 
 
 def metaflow(flow, *arguments, seconds=100, **environment):
     """Run a command of the flow; return (exit code, its output, what it said beside)."""
-    process = subprocess.Popen([sys.executable, str(flow), *arguments], cwd=flow.parent, text=True, encoding="utf-8",
-                               env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, str(flow), *arguments],
+        cwd=flow.parent,
+        text=True,
+        encoding="utf-8",
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
     try:
         output, said = process.communicate(timeout=seconds)
         return process.returncode, output, said
     finally:
-        with contextlib.suppress(ProcessLookupError):  # `run` leaves its launcher when it is told to stop
+        with contextlib.suppress(
+            ProcessLookupError
+        ):  # `run` leaves its launcher when it is told to stop
             os.killpg(process.pid, signal.SIGKILL)
 
 
@@ -87,35 +120,54 @@ REFUSED = {
     "@nvidia on a schedule": (
         {"kubernetes(image=IMAGE, gpu=1, memory=16_000, disk=20_000) if SCHEDULED else ": ""},
         ("argo-workflows", "create", "--only-json"),
-        "step train: @nvidia cannot be scheduled; use @kubernetes(gpu=1, memory=16_000)"),
+        "step train: @nvidia cannot be scheduled; use @kubernetes(gpu=1, memory=16_000)",
+    ),
     "@nvidia without the packages": (
-        {"    @ON_GPU\n    @pypi(python=\"3.11\", packages=requirements.packages)\n": "    @ON_GPU\n"},
-        ("run",), "step train: @nvidia has what @pypi lists, add: ['accelerate', 'outerbounds',"),
+        {
+            '    @ON_GPU\n    @pypi(python="3.11", packages=requirements.packages)\n': "    @ON_GPU\n"
+        },
+        ("run",),
+        "step train: @nvidia has what @pypi lists, add: ['accelerate', 'outerbounds',",
+    ),
     "an image under --environment=pypi": (
-        WITH_IMAGE | ON_CLUSTER, ("--environment=pypi", "run"),
-        "--environment=pypi hides the packages of the image; drop image= or --environment"),
+        WITH_IMAGE | ON_CLUSTER,
+        ("--environment=pypi", "run"),
+        "--environment=pypi hides the packages of the image; drop image= or --environment",
+    ),
     "an image under --environment conda": (
-        WITH_IMAGE, ("--environment", "conda", "argo-workflows", "create", "--only-json"),
-        "--environment=conda hides the packages of the image; drop image= or --environment"),
+        WITH_IMAGE,
+        ("--environment", "conda", "argo-workflows", "create", "--only-json"),
+        "--environment=conda hides the packages of the image; drop image= or --environment",
+    ),
     "an image and @pypi": (
-        {"image=IMAGE, cpu=2": f"image={IMAGE!r}, cpu=2"}, ("--environment=pypi", "show"),
-        "--environment=pypi hides the packages of the image; drop image= or --environment"),
+        {"image=IMAGE, cpu=2": f"image={IMAGE!r}, cpu=2"},
+        ("--environment=pypi", "show"),
+        "--environment=pypi hides the packages of the image; drop image= or --environment",
+    ),
     "an image for @nvidia": (
-        {"nvidia(gpu=1,": f"nvidia(image={IMAGE!r}, gpu=1,"}, ("run",),
-        "Decorator 'nvidia' does not support the attribute 'image'."),
+        {"nvidia(gpu=1,": f"nvidia(image={IMAGE!r}, gpu=1,"},
+        ("run",),
+        "Decorator 'nvidia' does not support the attribute 'image'.",
+    ),
     "@nvidia and @kubernetes": (
-        {"    @ON_GPU\n": "    @ON_GPU\n    @ON_CPU\n"}, ("--environment=fast-bakery", "show"),
-        "Step train is marked for execution both on Kubernetes and Nvidia."),
+        {"    @ON_GPU\n": "    @ON_GPU\n    @ON_CPU\n"},
+        ("--environment=fast-bakery", "show"),
+        "Step train is marked for execution both on Kubernetes and Nvidia.",
+    ),
     "@pypi without an environment": (
-        {}, ("run",),
-        "@pypi decorator requires --environment=conda or --environment=pypi or --environment=fast-bakery"),
+        {},
+        ("run",),
+        "@pypi decorator requires --environment=conda or --environment=pypi or --environment=fast-bakery",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_work_is_refused_before_any_work(case, tmp_path):
     changes, arguments, expected = REFUSED[case]
-    code, output, said = metaflow(edited(tmp_path, changes), "--no-pylint", *arguments, **profile(tmp_path))
+    code, output, said = metaflow(
+        edited(tmp_path, changes), "--no-pylint", *arguments, **profile(tmp_path)
+    )
     assert code != 0 and expected in " ".join((output + said).split()), output + said
     assert "Workflow starting" not in output + said
 
@@ -123,20 +175,31 @@ def test_what_cannot_work_is_refused_before_any_work(case, tmp_path):
 def decorators(output):
     """{step: its decorators} of what `show` prints."""
     found = re.findall(r"((?:@\w+\n)*)Step (\w+)\n", output)
-    return {step: set(lines.replace("@", "").split()) - {"fast_bakery_internal"} for lines, step in found}
+    return {
+        step: set(lines.replace("@", "").split()) - {"fast_bakery_internal"}
+        for lines, step in found
+    }
 
 
 def test_decorators_stay_on_a_cluster_and_go_on_a_laptop(tmp_path):
     flow, everywhere = edited(tmp_path, {}), {"start": set(), "prepare": set(), "end": set()}
     on_cluster = profile(tmp_path, STAND_IN_NVIDIA="1", METAFLOW_DEFAULT_ENVIRONMENT="fast-bakery")
-    on_laptop = {**on_cluster, "METAFLOW_DEFAULT_ENVIRONMENT": "local", "METAFLOW_DEFAULT_DATASTORE": "local"}
+    on_laptop = {
+        **on_cluster,
+        "METAFLOW_DEFAULT_ENVIRONMENT": "local",
+        "METAFLOW_DEFAULT_DATASTORE": "local",
+    }
     code, output, said = metaflow(flow, "show", **on_cluster)
     assert code == 0 and decorators(output + said) == everywhere | {
-        "prepare": {"kubernetes"}, "evaluate": {"pypi", "kubernetes", "secrets", "card"},
-        "train": {"pypi", "nvidia", "secrets", "card", "checkpoint", "retry"}}, output + said
+        "prepare": {"kubernetes"},
+        "evaluate": {"pypi", "kubernetes", "secrets", "card"},
+        "train": {"pypi", "nvidia", "secrets", "card", "checkpoint", "retry"},
+    }, output + said
     code, output, said = metaflow(flow, "show", **on_laptop)
     assert code == 0 and decorators(output + said) == everywhere | {
-        "train": {"card", "checkpoint"}, "evaluate": {"card"}}, output + said
+        "train": {"card", "checkpoint"},
+        "evaluate": {"card"},
+    }, output + said
 
 
 # With a datastore
@@ -144,6 +207,7 @@ def test_decorators_stay_on_a_cluster_and_go_on_a_laptop(tmp_path):
 
 class Bakery(http.server.BaseHTTPRequestHandler):
     """Outerbounds' image bakery: takes packages and a base, answers with the name of an image that has them."""
+
     def log_message(self, *_):
         pass
 
@@ -157,6 +221,7 @@ class Bakery(http.server.BaseHTTPRequestHandler):
 
 class Integrations(http.server.BaseHTTPRequestHandler):
     """Outerbounds' list of integrations: says in which store the secret is."""
+
     def log_message(self, *_):
         pass
 
@@ -164,7 +229,9 @@ class Integrations(http.server.BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers["Content-Length"]))  # else the connection breaks
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(b'{"secret_resource_id": "wandb", "secret_backend_type": "aws-secrets-manager"}')
+        self.wfile.write(
+            b'{"secret_resource_id": "wandb", "secret_backend_type": "aws-secrets-manager"}'
+        )
 
 
 @pytest.fixture(scope="module")
@@ -172,9 +239,18 @@ def bridge():
     """The address at which containers reach this machine."""
     if not shutil.which("docker") or pods.docker("version").returncode:
         pytest.skip("no docker daemon answers")
-    name = pods.docker("network", "inspect", "bridge", "--format",
-                       '{{index .Options "com.docker.network.bridge.name"}}').stdout.strip()
-    addresses = [each.address for each in psutil.net_if_addrs().get(name, []) if each.family == socket.AF_INET]
+    name = pods.docker(
+        "network",
+        "inspect",
+        "bridge",
+        "--format",
+        '{{index .Options "com.docker.network.bridge.name"}}',
+    ).stdout.strip()
+    addresses = [
+        each.address
+        for each in psutil.net_if_addrs().get(name, [])
+        if each.family == socket.AF_INET
+    ]
     if not addresses:
         pytest.skip("containers cannot reach this machine: docker runs elsewhere")
     yield addresses[0]
@@ -183,21 +259,31 @@ def bridge():
 
 class Cloud:
     """S3 and a store of secrets, both reached at one address from here and from containers."""
+
     def __init__(self, address, integrations):
         self.url = f"http://{address[0]}:{address[1]}"
         self.s3 = boto3.client("s3", endpoint_url=self.url, **self.keys())
         self.s3.create_bucket(Bucket="flows")
         store = boto3.client("secretsmanager", endpoint_url=self.url, **self.keys())
-        store.create_secret(Name="wandb", SecretBinary=json.dumps(
-            {"WANDB_API_KEY": base64.b64encode(CANARY.encode()).decode()}).encode())
+        store.create_secret(
+            Name="wandb",
+            SecretBinary=json.dumps(
+                {"WANDB_API_KEY": base64.b64encode(CANARY.encode()).decode()}
+            ).encode(),
+        )
         self.settings = {"METAFLOW_S3_ENDPOINT_URL": self.url, "integrations": integrations}
         self.cluster = pods.Cluster(
-            LABEL, {**KEYS, "AWS_ENDPOINT_URL_SECRETS_MANAGER": self.url, "OMP_NUM_THREADS": "1"},
-            secrets={"wandb": {"WANDB_API_KEY": CANARY}}, images={"python:3.11": "python:3.11-slim-bookworm"})
+            LABEL,
+            {**KEYS, "AWS_ENDPOINT_URL_SECRETS_MANAGER": self.url, "OMP_NUM_THREADS": "1"},
+            secrets={"wandb": {"WANDB_API_KEY": CANARY}},
+            images={"python:3.11": "python:3.11-slim-bookworm"},
+        )
 
     @staticmethod
     def keys():
-        return dict(zip(("aws_access_key_id", "aws_secret_access_key", "region_name"), KEYS.values()))
+        return dict(
+            zip(("aws_access_key_id", "aws_secret_access_key", "region_name"), KEYS.values())
+        )
 
     def contents(self):
         """Everything that is in S3, unpacked."""
@@ -238,47 +324,90 @@ def find(needle, *contents):
 
 @docker_test
 def test_image_runs_as_anybody_and_holds_no_secret(image, tmp_path):
-    asked = pods.docker("run", "--rm", f"--label={LABEL}", image, "sh", "-c", "id -u; ls -A /work /root; pip list")
+    asked = pods.docker(
+        "run", "--rm", f"--label={LABEL}", image, "sh", "-c", "id -u; ls -A /work /root; pip list"
+    )
     assert asked.returncode == 0 and int(asked.stdout.split()[0]) >= 1000, asked.stdout
     size = int(pods.docker("image", "inspect", image, "--format", "{{.Size}}").stdout)
     assert "nvidia" not in asked.stdout and size < 2e9  # the CPU build of torch
-    described = pods.docker("image", "inspect", image).stdout + pods.docker("history", "--no-trunc", image).stdout
+    described = (
+        pods.docker("image", "inspect", image).stdout
+        + pods.docker("history", "--no-trunc", image).stdout
+    )
     assert "org.opencontainers.image.title" in described and find(CANARY, described.encode()) == 0
     with subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE) as saved:
         whole = b"".join(iter(lambda: saved.stdout.read(1 << 24), b""))
     assert find(CANARY, whole) == 0 < find("METAFLOW_USER=flow", whole)
     for user in ("54321:54321", "12345:0"):
-        done = pods.docker("run", "--rm", f"--label={LABEL}", "--network=none", f"--user={user}", "--read-only",
-                           "--tmpfs=/work:mode=1777", "--tmpfs=/tmp", "--env=OMP_NUM_THREADS=1",
-                           f"--volume={TEMPLATES / 'template_flow.py'}:/flow/template_flow.py:ro", image, "python",
-                           "/flow/template_flow.py", "--no-pylint", "run", "--offline", "True", "--epochs", "4",
-                           seconds=150)
+        done = pods.docker(
+            "run",
+            "--rm",
+            f"--label={LABEL}",
+            "--network=none",
+            f"--user={user}",
+            "--read-only",
+            "--tmpfs=/work:mode=1777",
+            "--tmpfs=/tmp",
+            "--env=OMP_NUM_THREADS=1",
+            f"--volume={TEMPLATES / 'template_flow.py'}:/flow/template_flow.py:ro",
+            image,
+            "python",
+            "/flow/template_flow.py",
+            "--no-pylint",
+            "run",
+            "--offline",
+            "True",
+            "--epochs",
+            "4",
+            seconds=150,
+        )
         assert done.returncode == 0 and "Done!" in done.stdout, done.stdout
 
 
 def compiled(flow, environment, *options):
     """The WorkflowTemplate that `argo-workflows create` would send to the cluster."""
-    code, output, said = metaflow(flow, "argo-workflows", "create", "--only-json", *options, **environment)
+    code, output, said = metaflow(
+        flow, "argo-workflows", "create", "--only-json", *options, **environment
+    )
     assert code == 0, output[-3000:] + said[-3000:]
-    return json.loads(output[output.index("{"):])  # the bakery tells of its progress before
+    return json.loads(output[output.index("{") :])  # the bakery tells of its progress before
 
 
 def read(run, folder, environment, tasks=None):
     """(successful, {step: {artifact: value}}, {step: [card]}, {step: log}) of a run, by the Metaflow client."""
-    command = [sys.executable, HERE / "remote/read_run.py", f"TemplateFlow/{run}", json.dumps(tasks or {})]
-    done = subprocess.run(command, cwd=folder, timeout=100, env=environment, stdout=subprocess.PIPE, check=True)
+    command = [
+        sys.executable,
+        HERE / "remote/read_run.py",
+        f"TemplateFlow/{run}",
+        json.dumps(tasks or {}),
+    ]
+    done = subprocess.run(
+        command, cwd=folder, timeout=100, env=environment, stdout=subprocess.PIPE, check=True
+    )
     return pickle.loads(done.stdout)
 
 
 @docker_test
 def test_unedited_flow_on_outerbounds_gets_its_packages_from_pypi(cloud, tmp_path):
     with served(Bakery) as bakery:
-        manifest = compiled(edited(tmp_path, {}), profile(
-            tmp_path, METAFLOW_FAST_BAKERY_URL=bakery.url, METAFLOW_DEFAULT_ENVIRONMENT="fast-bakery",
-            **cloud.settings))
-    pinned = set(re.findall(r"^[\w-]+==\S+", (TEMPLATES / "requirements.outerbounds.txt").read_text(), re.M))
-    baked = [set(each["pipRequirements"]) for each in bakery.asked if each["pythonVersion"] == "3.11"]
-    assert len(pinned) == 8 and len(baked) == 2 and all(pinned <= each for each in baked)  # train and evaluate
+        manifest = compiled(
+            edited(tmp_path, {}),
+            profile(
+                tmp_path,
+                METAFLOW_FAST_BAKERY_URL=bakery.url,
+                METAFLOW_DEFAULT_ENVIRONMENT="fast-bakery",
+                **cloud.settings,
+            ),
+        )
+    pinned = set(
+        re.findall(r"^[\w-]+==\S+", (TEMPLATES / "requirements.outerbounds.txt").read_text(), re.M)
+    )
+    baked = [
+        set(each["pipRequirements"]) for each in bakery.asked if each["pythonVersion"] == "3.11"
+    ]
+    assert (
+        len(pinned) == 8 and len(baked) == 2 and all(pinned <= each for each in baked)
+    )  # train and evaluate
     templates = {each["name"]: each for each in manifest["spec"]["templates"]}
     assert all(templates[step]["container"]["image"] == IMAGE for step in ("train", "evaluate"))
     assert "* *" not in json.dumps(manifest)  # no schedule unless asked for
@@ -286,24 +415,50 @@ def test_unedited_flow_on_outerbounds_gets_its_packages_from_pypi(cloud, tmp_pat
 
 @docker_test
 def test_scheduled_flow_trains_in_the_image_and_goes_on_after_a_kill(cloud, image, tmp_path):
-    flow = edited(tmp_path, WITH_IMAGE | {
-        "SECRETS: list[str] = []": 'SECRETS: list[str] = ["outerbounds.wandb"]', "CRON = None": 'CRON = "0 6 * * 1"',
-        "# YOUR CODE: log your own numbers: run.log({\"name\": 1.0})": SHOW_KEY})
+    flow = edited(
+        tmp_path,
+        WITH_IMAGE
+        | {
+            "SECRETS: list[str] = []": 'SECRETS: list[str] = ["outerbounds.wandb"]',
+            "CRON = None": 'CRON = "0 6 * * 1"',
+            '# YOUR CODE: log your own numbers: run.log({"name": 1.0})': SHOW_KEY,
+        },
+    )
     environment = profile(tmp_path, **cloud.settings)
-    manifest = compiled(flow, environment, "--notify-on-error", "--notify-slack-webhook-url", "https://slack.invalid")
+    manifest = compiled(
+        flow,
+        environment,
+        "--notify-on-error",
+        "--notify-slack-webhook-url",
+        "https://slack.invalid",
+    )
     assert all(text in json.dumps(manifest) for text in ("0 6 * * 1", "https://slack.invalid"))
     assert find(CANARY, json.dumps(manifest).encode()) == 0
-    done = argo.submit(manifest, cloud.cluster, "templateflow-x1", lambda line: re.search("'epoch': '6", line))
+    done = argo.submit(
+        manifest, cloud.cluster, "templateflow-x1", lambda line: re.search("'epoch': '6", line)
+    )
     codes = {step: [code for code, _ in attempts] for step, (_, attempts) in done.items()}
     assert codes == {"start": [0], "prepare": [0], "train": [137, 0], "evaluate": [0], "end": [0]}
     killed, again = (log for _, log in done["train"][1])
-    assert epochs(killed)[-1] > 6 and 4 < epochs(again)[0] < 8 and epochs(again)[-1] == 14  # on from the checkpoint
+    assert (
+        epochs(killed)[-1] > 6 and 4 < epochs(again)[0] < 8 and epochs(again)[-1] == 14
+    )  # on from the checkpoint
     assert KEY_SHOWN in again  # @secrets brought the key
-    successful, artifacts, cards, logs = read("argo-templateflow-x1", tmp_path, environment,
-                                              {step: task for step, (task, _) in done.items()})
+    successful, artifacts, cards, logs = read(
+        "argo-templateflow-x1",
+        tmp_path,
+        environment,
+        {step: task for step, (task, _) in done.items()},
+    )
     assert successful and artifacts["evaluate"]["scores"]["exact_match"] >= 95
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(artifacts["train"]["model"])
-    assert len(artifacts["train"]["losses"]) >= 20 and len(cards["train"]) == 2 and len(cards["evaluate"]) == 1
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(
+        artifacts["train"]["model"]
+    )
+    assert (
+        len(artifacts["train"]["losses"]) >= 20
+        and len(cards["train"]) == 2
+        and len(cards["evaluate"]) == 1
+    )
     assert "W&B mode: offline" in logs["train"]
     stored = list(cloud.contents())
     assert find(CANARY, *stored, *(card.encode() for each in cards.values() for card in each)) == 0
@@ -312,21 +467,46 @@ def test_scheduled_flow_trains_in_the_image_and_goes_on_after_a_kill(cloud, imag
 
 @docker_test
 def test_run_on_kubernetes(cloud, image, tmp_path):
-    flow = edited(tmp_path, WITH_IMAGE | ON_CLUSTER | {
-        "cpu=2, memory=8_000": 'cpu=2, secrets=["wandb"], memory=8_000',
-        "        from sacrebleu.metrics import CHRF\n":
-            f"        from sacrebleu.metrics import CHRF\n        {SHOW_KEY}\n"})
+    flow = edited(
+        tmp_path,
+        WITH_IMAGE
+        | ON_CLUSTER
+        | {
+            "cpu=2, memory=8_000": 'cpu=2, secrets=["wandb"], memory=8_000',
+            "        from sacrebleu.metrics import CHRF\n": f"        from sacrebleu.metrics import CHRF\n        {SHOW_KEY}\n",
+        },
+    )
     with jobs.api(cloud.cluster) as (address, started):
         environment = profile(tmp_path, STAND_IN_CLUSTER=address, **cloud.settings)
-        code, output, said = metaflow(flow, "--no-pylint", "run", "--epochs", "4", seconds=300, **environment)
+        code, output, said = metaflow(
+            flow, "--no-pylint", "run", "--epochs", "4", seconds=300, **environment
+        )
     assert code == 0 and "Done!" in output + said, output[-3000:] + said[-3000:]
-    assert KEY_SHOWN in output + said and CANARY not in output + said  # the Kubernetes secret brought the key
-    assert len(started) == 3 and find(CANARY, *[json.dumps(job.object).encode() for job in started.values()]) == 0
+    assert (
+        KEY_SHOWN in output + said and CANARY not in output + said
+    )  # the Kubernetes secret brought the key
+    assert (
+        len(started) == 3
+        and find(CANARY, *[json.dumps(job.object).encode() for job in started.values()]) == 0
+    )
     asked = {job.container["name"]: job.container["resources"] for job in started.values()}
-    small = {"limits": {}, "requests": {"cpu": "2", "memory": "8000M", "ephemeral-storage": "10000M"}}
-    assert asked == {"prepare": small, "evaluate": small, "train": {
-        "limits": {"nvidia.com/gpu": "1"}, "requests": {"cpu": "2", "memory": "16000M", "ephemeral-storage": "20000M"}}}
-    successful, artifacts, cards, _ = read(re.search(r"run-id (\d+)", output + said)[1], tmp_path, environment)
+    small = {
+        "limits": {},
+        "requests": {"cpu": "2", "memory": "8000M", "ephemeral-storage": "10000M"},
+    }
+    assert asked == {
+        "prepare": small,
+        "evaluate": small,
+        "train": {
+            "limits": {"nvidia.com/gpu": "1"},
+            "requests": {"cpu": "2", "memory": "16000M", "ephemeral-storage": "20000M"},
+        },
+    }
+    successful, artifacts, cards, _ = read(
+        re.search(r"run-id (\d+)", output + said)[1], tmp_path, environment
+    )
     assert successful and artifacts["evaluate"]["scores"]["chrf"] > 50
-    assert "model.safetensors" in artifacts["train"]["model"] and cards["train"] and cards["evaluate"]
+    assert (
+        "model.safetensors" in artifacts["train"]["model"] and cards["train"] and cards["evaluate"]
+    )
     assert find(CANARY, *cloud.contents()) == 0

@@ -60,19 +60,36 @@ def test_no_port_lets_another_container_run_anything(image):  # noqa: F811
         running.wait()
         ports, gcs = json.loads(running.inside("python", "-c", LISTENING).stdout)
         reachable = sorted(int(port) for port, outside in ports.items() if outside)
-        print(f"{len(ports)} ports, {len(reachable)} of them reachable from the network: {reachable}")
+        print(
+            f"{len(ports)} ports, {len(reachable)} of them reachable from the network: {reachable}"
+        )
         assert 8000 in reachable and ports["8265"] is False
-        address = pods.docker("inspect", running.id, "--format={{.NetworkSettings.IPAddress}}").stdout.strip()
-        answers = other(image, code=INTRUDER, arguments=[address, json.dumps(reachable)]).split("\n")[:-1]
+        address = pods.docker(
+            "inspect", running.id, "--format={{.NetworkSettings.IPAddress}}"
+        ).stdout.strip()
+        answers = other(image, code=INTRUDER, arguments=[address, json.dumps(reachable)]).split(
+            "\n"
+        )[:-1]
         statuses = {line.rsplit(" ", 1)[1] for line in answers}
         print(statuses)
-        assert len(answers) == 6 * len(reachable) and statuses <= {"0", "figures", "401", "403", "404", "405"}, answers
+        assert len(answers) == 6 * len(reachable) and statuses <= {
+            "0",
+            "figures",
+            "401",
+            "403",
+            "404",
+            "405",
+        }, answers
         assert "401" in statuses
         (port,) = {part.rpartition(":")[2] for part in gcs}
-        said = other(image, f"--env=RAY_AUTH_TOKEN={'b' * 32}", code=DRIVER, arguments=[f"{address}:{port}"])
+        said = other(
+            image, f"--env=RAY_AUTH_TOKEN={'b' * 32}", code=DRIVER, arguments=[f"{address}:{port}"]
+        )
         assert "connected" not in said and "refused" in said, said
         assert "owned" not in running.inside("ls", "/tmp").stdout
         assert running.ask() == (200, {"translation": PAIRS["Hello world!"]})
         assert token not in running.logs()
-        found = running.inside("grep", "--recursive", "--files-with-matches", token, "/tmp", "/serve_app")
+        found = running.inside(
+            "grep", "--recursive", "--files-with-matches", token, "/tmp", "/serve_app"
+        )
         assert (found.returncode, found.stdout) == (1, "")  # not in what Ray has written

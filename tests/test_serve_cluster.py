@@ -29,22 +29,49 @@ TOKEN = ["--env=RAY_AUTH_MODE=token", f"--env=RAY_AUTH_TOKEN={'a' * 32}"]
 
 class Cluster:
     """A head without replicas and workers with one CPU each, on a network of their own."""
+
     def __init__(self, tag, config, workers):
         self.name = f"template-serve-{uuid.uuid4().hex[:8]}"
         assert pods.docker("network", "create", f"--label={LABEL}", self.name).returncode == 0
         self.ids, self.workers, self.tag = [], {}, tag
         # KubeRay's own commands, but for the addresses; the config as serveConfigV2 holds it.
-        self.head = self.start("head", [f"--volume={config}:/serve_app/new.yaml:ro"],
-                               "start", "--head", "--num-cpus=0", "--block")
+        self.head = self.start(
+            "head",
+            [f"--volume={config}:/serve_app/new.yaml:ro"],
+            "start",
+            "--head",
+            "--num-cpus=0",
+            "--block",
+        )
         for number in range(workers):
             port = free_port()
-            self.workers[port] = self.start(f"worker{number}", [f"--publish=127.0.0.1:{port}:8000"],
-                                            "start", "--address=head:6379", "--num-cpus=1", "--block")
+            self.workers[port] = self.start(
+                f"worker{number}",
+                [f"--publish=127.0.0.1:{port}:8000"],
+                "start",
+                "--address=head:6379",
+                "--num-cpus=1",
+                "--block",
+            )
 
     def start(self, name, options, *command):
-        done = pods.docker("run", "--detach", f"--label={LABEL}", f"--network={self.name}", f"--network-alias={name}",
-                           "--env=OMP_NUM_THREADS=1", "--shm-size=128m", "--read-only", "--tmpfs=/tmp",
-                           "--cap-drop=ALL", *TOKEN, *options, "--entrypoint=ray", self.tag, *command)
+        done = pods.docker(
+            "run",
+            "--detach",
+            f"--label={LABEL}",
+            f"--network={self.name}",
+            f"--network-alias={name}",
+            "--env=OMP_NUM_THREADS=1",
+            "--shm-size=128m",
+            "--read-only",
+            "--tmpfs=/tmp",
+            "--cap-drop=ALL",
+            *TOKEN,
+            *options,
+            "--entrypoint=ray",
+            self.tag,
+            *command,
+        )
         assert done.returncode == 0, done.stdout
         self.ids.append(done.stdout.split()[-1])
         return self.ids[-1]
@@ -53,8 +80,16 @@ class Cluster:
         """The documented deploy command, in the head, as soon as its dashboard listens; then all workers answer."""
         end = time.monotonic() + 100
         while True:
-            done = pods.docker("exec", self.head, "python", "check_serve_config.py", "new.yaml", "--deploy",
-                               "http://127.0.0.1:8265", seconds=200)
+            done = pods.docker(
+                "exec",
+                self.head,
+                "python",
+                "check_serve_config.py",
+                "new.yaml",
+                "--deploy",
+                "http://127.0.0.1:8265",
+                seconds=200,
+            )
             if "Failed to connect to Ray" not in done.stdout or time.monotonic() > end:
                 break
             time.sleep(1)
@@ -74,7 +109,9 @@ class Cluster:
 @pytest.fixture
 def config(tmp_path):
     content = yaml.safe_load((TEMPLATES / "serve_config.yaml").read_text())
-    content["applications"][0]["deployments"][0]["autoscaling_config"].update({"min_replicas": 2, "max_replicas": 2})
+    content["applications"][0]["deployments"][0]["autoscaling_config"].update(
+        {"min_replicas": 2, "max_replicas": 2}
+    )
     (tmp_path / "new.yaml").write_text(yaml.safe_dump(content))
     return tmp_path / "new.yaml"
 
@@ -112,11 +149,15 @@ def test_loss_of_a_worker_then_a_new_version_and_back(image, new_image, config):
             time.sleep(10)
         failed = load.lost()
         elsewhere = [each for each in failed if each.port != lost]
-        print(f"worker killed: {len(load.answers)} requests, {len(failed)} lost, {len(elsewhere)} of them elsewhere")
+        print(
+            f"worker killed: {len(load.answers)} requests, {len(failed)} lost, {len(elsewhere)} of them elsewhere"
+        )
         # Of those under way, one for each client; what begins while `docker kill` still runs is refused at once.
         assert len([each for each in failed if each.begin < killed]) <= 4
         assert not load.wrong() and not [each for each in elsewhere if each.end > at + 5]
-        assert not [each for each in failed if each.port == lost and each.begin > at]  # the clients know by then
+        assert not [
+            each for each in failed if each.port == lost and each.begin > at
+        ]  # the clients know by then
 
         for version, expected in ((new_image, NEW_PAIRS), (image, PAIRS)):  # forward, and back
             old = clusters[-1]
@@ -130,8 +171,15 @@ def test_loss_of_a_worker_then_a_new_version_and_back(image, new_image, config):
                 time.sleep(2)
             print(f"to {version}: {len(load.answers)} requests, {len(load.lost())} failed")
             assert not load.lost()
-            assert all(each.translation in (PAIRS[each.text], NEW_PAIRS[each.text]) for each in load.answers)
-            assert all(each.translation == expected[each.text] for each in load.answers if each.begin > at + 2)
+            assert all(
+                each.translation in (PAIRS[each.text], NEW_PAIRS[each.text])
+                for each in load.answers
+            )
+            assert all(
+                each.translation == expected[each.text]
+                for each in load.answers
+                if each.begin > at + 2
+            )
     finally:
         for each in clusters:
             each.end()

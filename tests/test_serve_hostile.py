@@ -29,8 +29,15 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hostile")
     shutil.copy(TEMPLATES / "template_ray_serve.py", folder)
     make_model(folder / "model", PAIRS)
-    with Server(folder, "run", "template_ray_serve:build", "max_new_tokens=16", f"body_timeout_s={BODY_TIMEOUT}",
-                "--route-prefix", "/translate") as running:
+    with Server(
+        folder,
+        "run",
+        "template_ray_serve:build",
+        "max_new_tokens=16",
+        f"body_timeout_s={BODY_TIMEOUT}",
+        "--route-prefix",
+        "/translate",
+    ) as running:
         yield running.wait()
 
 
@@ -76,20 +83,42 @@ def right(status, content, sent):
 
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=30) | st.just("secret-42"),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8) | st.just("text"), inner),
-    max_leaves=12)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=30)
+    | st.just("secret-42"),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8) | st.just("text"), inner)
+    ),
+    max_leaves=12,
+)
 anything = st.text(st.characters(), max_size=60)  # surrogates too
 questions = st.fixed_dictionaries({"text": anything | st.lists(anything, max_size=5) | values})
-as_json = st.builds(lambda value, ascii: json.dumps(value, ensure_ascii=ascii).encode("utf-8", "surrogatepass"),
-                    values | questions, st.booleans())
+as_json = st.builds(
+    lambda value, ascii: json.dumps(value, ensure_ascii=ascii).encode("utf-8", "surrogatepass"),
+    values | questions,
+    st.booleans(),
+)
 cut = st.builds(lambda body, at: body[: at % (len(body) + 1)], as_json, st.integers(0, 200))
-flipped = st.builds(lambda body, at, byte: body[: at % len(body)] + bytes([byte]) + body[at % len(body) + 1:],
-                    as_json, st.integers(0, 200), st.integers(0, 255))
-good = st.builds(lambda text: json.dumps({"text": text}).encode(), st.text(st.characters(codec="utf-8"), max_size=60))
+flipped = st.builds(
+    lambda body, at, byte: body[: at % len(body)] + bytes([byte]) + body[at % len(body) + 1 :],
+    as_json,
+    st.integers(0, 200),
+    st.integers(0, 255),
+)
+good = st.builds(
+    lambda text: json.dumps({"text": text}).encode(),
+    st.text(st.characters(codec="utf-8"), max_size=60),
+)
 bodies = good | as_json | cut | flipped | st.binary(max_size=200)
-quick = settings(deadline=None, database=None, derandomize=True,
-                 suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+quick = settings(
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 
 
 def test_any_body(server):
@@ -117,21 +146,62 @@ def test_any_body(server):
     serves(server)
 
 
-names = st.sampled_from([
-    "Accept", "Host", "X-Request-ID", "Content-Encoding", "Cookie", "Via", "X-Forwarded-For", "Origin", "Range",
-    "X-Request-Timeout-Seconds", "X-Request-Disconnect-Disabled", "Serve-Multiplexed-Model-Id", "X-Session-Id",
-    "Authorization", "If-None-Match", "Accept-Language", "X-Y"])
+names = st.sampled_from(
+    [
+        "Accept",
+        "Host",
+        "X-Request-ID",
+        "Content-Encoding",
+        "Cookie",
+        "Via",
+        "X-Forwarded-For",
+        "Origin",
+        "Range",
+        "X-Request-Timeout-Seconds",
+        "X-Request-Disconnect-Disabled",
+        "Serve-Multiplexed-Model-Id",
+        "X-Session-Id",
+        "Authorization",
+        "If-None-Match",
+        "Accept-Language",
+        "X-Y",
+    ]
+)
 printable = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=40)
-kinds = st.sampled_from([
-    "application/json", "application/json; charset=utf-16", "APPLICATION/JSON", "text/plain", "a/b", "", ";", "json",
-    "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
+kinds = st.sampled_from(
+    [
+        "application/json",
+        "application/json; charset=utf-16",
+        "APPLICATION/JSON",
+        "text/plain",
+        "a/b",
+        "",
+        ";",
+        "json",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=x",
+    ]
+)
 
 
 def test_any_header_method_and_path(server):
     line, seen = Line(server.port), {}
-    methods = st.sampled_from(["POST", "POST", "POST", "GET", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "FOO"])
-    paths = st.sampled_from(["/translate", "/translate/", "/translate/x", "/translate//", "/translate/%00",
-                             "/translate?a=b", "/translate/../translate", "/translate/%2e%2e/", "/translate/health"])
+    methods = st.sampled_from(
+        ["POST", "POST", "POST", "GET", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "FOO"]
+    )
+    paths = st.sampled_from(
+        [
+            "/translate",
+            "/translate/",
+            "/translate/x",
+            "/translate//",
+            "/translate/%00",
+            "/translate?a=b",
+            "/translate/../translate",
+            "/translate/%2e%2e/",
+            "/translate/health",
+        ]
+    )
 
     @settings(quick, max_examples=1000)
     @given(methods, paths, st.dictionaries(names, printable, max_size=3), kinds)
@@ -152,13 +222,20 @@ def test_any_header_method_and_path(server):
 
 def test_raw_bytes_instead_of_http(server):
     @settings(quick, max_examples=300)
-    @given(st.binary(max_size=300) | st.builds(lambda b: b"POST /translate HTTP/1.1\r\n" + b, st.binary(max_size=200)))
+    @given(
+        st.binary(max_size=300)
+        | st.builds(lambda b: b"POST /translate HTTP/1.1\r\n" + b, st.binary(max_size=200))
+    )
     @example(b"POST /translate HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n")
-    @example(b"POST /translate HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999999999999999\r\n\r\n{")
+    @example(
+        b"POST /translate HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999999999999999\r\n\r\n{"
+    )
     @example(b"POST /translate HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n")
     @example(b"POST /translate HTTP/1.1\r\nHost: a\r\n" + b"A: b\r\n" * 20_000 + b"\r\n")
     @example(b"POST /translate HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 200_000 + b"\r\n\r\n")
-    @example(b"POST /translate HTTP/1.1\r\nHost: a\r\nX-Odd: \xff\xfe\r\nContent-Length: 2\r\n\r\n{}")
+    @example(
+        b"POST /translate HTTP/1.1\r\nHost: a\r\nX-Odd: \xff\xfe\r\nContent-Length: 2\r\n\r\n{}"
+    )
     def fuzz(data):
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as line:
             try:
@@ -188,8 +265,14 @@ SMUGGLED = {
     "unknown encoding": (b"Transfer-Encoding: xchunked\r\n" + WHOLE, CHUNKED),
     "space before the colon": (b"Transfer-Encoding : chunked\r\n" + WHOLE, CHUNKED),
     "folded line": (b"Transfer-Encoding:\r\n chunked\r\n" + WHOLE, CHUNKED),
-    "encoding twice": (b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n" + WHOLE, CHUNKED),
-    "line end in a chunk's extension": (b"Transfer-Encoding: chunked\r\n", b"0;a\nb\r\n\r\n" + HIDDEN),
+    "encoding twice": (
+        b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n" + WHOLE,
+        CHUNKED,
+    ),
+    "line end in a chunk's extension": (
+        b"Transfer-Encoding: chunked\r\n",
+        b"0;a\nb\r\n\r\n" + HIDDEN,
+    ),
     "sign before the length": (b"Content-Length: +5\r\n", CHUNKED),
     "a body that is a request": (b"Content-Length: %d\r\n" % len(HIDDEN), HIDDEN),
 }
@@ -208,16 +291,28 @@ def test_no_request_is_smuggled_in_another(server, case):
                 line.settimeout(1)
         except (TimeoutError, ConnectionResetError):
             pass  # it waits for the next request
-    assert answer.count(b"HTTP/1.1 ") == 1 and answer[9:12] in (b"400", b"422") and b'"ok"' not in answer, answer
+    assert (
+        answer.count(b"HTTP/1.1 ") == 1
+        and answer[9:12] in (b"400", b"422")
+        and b'"ok"' not in answer
+    ), answer
 
 
 def test_a_path_reaches_no_file_and_nobody_begins_a_line_of_the_log(server):
-    for path in ("/translate/../../../etc/passwd", "/..%2f..%2f..%2fetc/passwd", "//etc/passwd",
-                 "/translate/%2e%2e/%2e%2e/x", "/nowhere%0aINFO%20forged",
-                 "/translate/x%0d%0aINFO%20forged", "/translate?a=%0d%0aINFO%20forged"):
+    for path in (
+        "/translate/../../../etc/passwd",
+        "/..%2f..%2f..%2fetc/passwd",
+        "//etc/passwd",
+        "/translate/%2e%2e/%2e%2e/x",
+        "/nowhere%0aINFO%20forged",
+        "/translate/x%0d%0aINFO%20forged",
+        "/translate?a=%0d%0aINFO%20forged",
+    ):
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as line:
-            line.sendall(f"GET {path} HTTP/1.1\r\nHost: a\r\nX-Request-ID: forged\tby-a-client\r\n"
-                         "Connection: close\r\n\r\n".encode())
+            line.sendall(
+                f"GET {path} HTTP/1.1\r\nHost: a\r\nX-Request-ID: forged\tby-a-client\r\n"
+                "Connection: close\r\n\r\n".encode()
+            )
             answer = b"".join(iter(lambda line=line: line.recv(65536), b""))
         assert re.match(rb"HTTP/1.1 (404|200) ", answer) and b"root:" not in answer, answer
     end = time.monotonic() + 10
@@ -226,14 +321,18 @@ def test_a_path_reaches_no_file_and_nobody_begins_a_line_of_the_log(server):
     logs = [server.log, *log_files(server)]
     lines = [line for path in logs for line in path.read_text("utf-8", "replace").splitlines()]
     named = [line for line in lines if "forged" in line]
-    assert named and all("forged\tby-a-client" in line or "forged\\tby-a-client" in line for line in named), named
+    assert named and all(
+        "forged\tby-a-client" in line or "forged\\tby-a-client" in line for line in named
+    ), named
     assert not [line for line in named if line.startswith(("INFO forged", "forged"))]
 
 
 def test_a_request_id_that_is_no_text_stops_nothing(server):
     """Ray's proxy decodes this header itself, before the app sees the request, and answers 500 (Ray 2.60)."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as line:
-        line.sendall(b"POST /translate HTTP/1.1\r\nHost: a\r\nX-Request-ID: \xff\r\nContent-Length: 2\r\n\r\n{}")
+        line.sendall(
+            b"POST /translate HTTP/1.1\r\nHost: a\r\nX-Request-ID: \xff\r\nContent-Length: 2\r\n\r\n{}"
+        )
         answer = line.recv(1000)
     assert re.match(rb"HTTP/1.1 (4\d\d|500) ", answer) and b"Traceback" not in answer, answer
     serves(server)
@@ -271,7 +370,10 @@ def test_bodies_of_50_mb(server):
                 pass  # the server has stopped reading
             try:
                 reply = line.getresponse()
-                assert reply.status == 413 and "larger than 262144 bytes" in json.load(reply)["error"]["message"]
+                assert (
+                    reply.status == 413
+                    and "larger than 262144 bytes" in json.load(reply)["error"]["message"]
+                )
             except ConnectionResetError:
                 pytest.fail("the connection was cut before the answer arrived")
             finally:

@@ -23,8 +23,15 @@ from test_template_ray_serve import PAIRS, free_port, make_model  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("docker")
 IMAGE, LABEL = "template_rayserve_image:test", "template-serve-test=1"
-FILES = ("Dockerfile-rayserve", ".dockerignore", "requirements-rayserve.txt", "template_ray_serve.py",
-         "check_serve_config.py", "rayserve_entrypoint.py", "serve_config.yaml")
+FILES = (
+    "Dockerfile-rayserve",
+    ".dockerignore",
+    "requirements-rayserve.txt",
+    "template_ray_serve.py",
+    "check_serve_config.py",
+    "rayserve_entrypoint.py",
+    "serve_config.yaml",
+)
 CANARY = "canary-" + "7f3a" * 8
 SMALL = ("--env=OMP_NUM_THREADS=1",)
 RUN = ("serve", "run", "serve_config.yaml")
@@ -32,15 +39,25 @@ RUN = ("serve", "run", "serve_config.yaml")
 
 def mounted(folder):
     """Options that put this folder's config in the place of the image's."""
-    return [f"--mount=type=bind,source={folder / 'serve_config.yaml'},target=/serve_app/serve_config.yaml"]
+    return [
+        f"--mount=type=bind,source={folder / 'serve_config.yaml'},target=/serve_app/serve_config.yaml"
+    ]
 
 
 def build(folder, tag):
     """`docker build` as documented; (seconds, output)."""
     begin = time.monotonic()
     with build_options() as options:
-        done = pods.docker("build", *options, "-t", tag, "-f", str(folder / "Dockerfile-rayserve"), str(folder),
-                           seconds=900)
+        done = pods.docker(
+            "build",
+            *options,
+            "-t",
+            tag,
+            "-f",
+            str(folder / "Dockerfile-rayserve"),
+            str(folder),
+            seconds=900,
+        )
     assert done.returncode == 0, done.stdout[-5000:]
     return time.monotonic() - begin, done.stdout
 
@@ -69,10 +86,13 @@ def image(project):
 
 class Container:
     """`docker run` of the image, removed at the end."""
+
     def __init__(self, *options, image=IMAGE, command=(), publish=True):
         self.port = free_port()
         ports = [f"--publish=127.0.0.1:{self.port}:8000"] if publish else []
-        done = pods.docker("run", "--detach", f"--label={LABEL}", *SMALL, *ports, *options, image, *command)
+        done = pods.docker(
+            "run", "--detach", f"--label={LABEL}", *SMALL, *ports, *options, image, *command
+        )
         assert done.returncode == 0, done.stdout
         self.id = done.stdout.split()[-1]
 
@@ -92,7 +112,12 @@ class Container:
         """(status, answer or None if it is not ours); status 0: no answer."""
         line = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
-            line.request("POST", "/translate", json.dumps({"text": text}), {"Content-Type": "application/json"})
+            line.request(
+                "POST",
+                "/translate",
+                json.dumps({"text": text}),
+                {"Content-Type": "application/json"},
+            )
             reply = line.getresponse()
             ours = reply.getheader("Content-Type") == "application/json"
             return reply.status, json.loads(reply.read()) if ours else None
@@ -103,9 +128,11 @@ class Container:
 
     def ask_inside(self, text="Hello world!"):
         """The same from within, for a container without a network."""
-        code = ("import json, sys, urllib.request as u; print(u.urlopen(u.Request('http://127.0.0.1:8000/translate', "
-                "json.dumps({'text': sys.argv[1]}).encode(), {'Content-Type': 'application/json'}), timeout=30)"
-                ".read().decode())")
+        code = (
+            "import json, sys, urllib.request as u; print(u.urlopen(u.Request('http://127.0.0.1:8000/translate', "
+            "json.dumps({'text': sys.argv[1]}).encode(), {'Content-Type': 'application/json'}), timeout=30)"
+            ".read().decode())"
+        )
         done = self.inside("python", "-c", code, text)
         return (200, json.loads(done.stdout)) if done.returncode == 0 else (0, done.stdout)
 
@@ -126,26 +153,48 @@ def test_image_is_small_and_holds_no_secret_and_no_cache(image):
     size = int(pods.docker("image", "inspect", image, "--format", "{{.Size}}").stdout)
     print(f"{size / 1e9:.2f} GB")
     assert size < 1.5e9
-    described = pods.docker("image", "inspect", image).stdout + pods.docker("history", "--no-trunc", image).stdout
+    described = (
+        pods.docker("image", "inspect", image).stdout
+        + pods.docker("history", "--no-trunc", image).stdout
+    )
     assert "org.opencontainers.image.title" in described and find(CANARY, described.encode()) == 0
     with subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE) as saved:
         whole = b"".join(iter(lambda: saved.stdout.read(1 << 24), b""))
     assert find(CANARY, whole) == 0 < find("RAY_USAGE_STATS_ENABLED=0", whole)
     looked = pods.docker(
-        "run", "--rm", f"--label={LABEL}", "--user=0", "--entrypoint=sh", image, "-c",
+        "run",
+        "--rm",
+        f"--label={LABEL}",
+        "--user=0",
+        "--entrypoint=sh",
+        image,
+        "-c",
         "ls -A /serve_app; echo ---; find / -xdev -type f -perm -2 ! -path '/proc/*'; echo ---; "
         "find /root /venv /var -name '*.deb' -o -name '*_Packages' -o -name pip; "
-        "echo ---; find / -xdev -perm -4000 -newer /venv/pyvenv.cfg -type f").stdout
+        "echo ---; find / -xdev -perm -4000 -newer /venv/pyvenv.cfg -type f",
+    ).stdout
     app, writable, caches, setuid = looked.split("---")
     assert set(app.split()) == {"model", *FILES[3:]}
     assert not writable.split() and not caches.split() and not setuid.split(), looked
 
 
 def test_the_lock_names_every_package_by_hash(image):
-    lock = pods.docker("run", "--rm", f"--label={LABEL}", image, "cat", "/venv/lock.txt").stdout.splitlines()
-    assert all(re.fullmatch(r"[\w.\-]+==[\w.+]+ --hash=sha256:[0-9a-f]{64}", each) for each in lock), lock
-    inside = pods.docker("run", "--rm", f"--label={LABEL}", image, "python", "-c", "import importlib.metadata as m\n"
-                         "for one in m.distributions(): print(one.name + '==' + one.version)").stdout.split()
+    lock = pods.docker(
+        "run", "--rm", f"--label={LABEL}", image, "cat", "/venv/lock.txt"
+    ).stdout.splitlines()
+    assert all(
+        re.fullmatch(r"[\w.\-]+==[\w.+]+ --hash=sha256:[0-9a-f]{64}", each) for each in lock
+    ), lock
+    inside = pods.docker(
+        "run",
+        "--rm",
+        f"--label={LABEL}",
+        image,
+        "python",
+        "-c",
+        "import importlib.metadata as m\n"
+        "for one in m.distributions(): print(one.name + '==' + one.version)",
+    ).stdout.split()
     name = lambda each: re.sub(r"[-_.]+", "-", each.split()[0]).lower()  # noqa: E731
     assert sorted(map(name, lock)) == sorted(map(name, inside)) and len(lock) > 60
 
@@ -167,15 +216,24 @@ WAYS = {
     "as documented, with the config mounted": ["config"],
     "with the config inside": [],
     "read-only, as another user, 64 MB of shared memory": [
-        "--read-only", "--tmpfs=/tmp", "--user=123456:0", "--shm-size=64m", "--cap-drop=ALL",
-        "--security-opt=no-new-privileges"],
+        "--read-only",
+        "--tmpfs=/tmp",
+        "--user=123456:0",
+        "--shm-size=64m",
+        "--cap-drop=ALL",
+        "--security-opt=no-new-privileges",
+    ],
     "one CPU and 2 GB": ["--cpus=1", "--memory=2g"],
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_it_serves(image, project, way):
-    options = [each for option in WAYS[way] for each in (mounted(project) if option == "config" else [option])]
+    options = [
+        each
+        for option in WAYS[way]
+        for each in (mounted(project) if option == "config" else [option])
+    ]
     with Container(*options, command=RUN if WAYS[way] == ["config"] else ()) as running:
         begin = time.monotonic()
         running.wait()
@@ -187,7 +245,9 @@ def test_it_serves(image, project, way):
 
 
 def test_without_a_network_and_its_health(image):
-    with Container("--network=none", "--health-interval=1s", "--health-start-period=0s", publish=False) as running:
+    with Container(
+        "--network=none", "--health-interval=1s", "--health-start-period=0s", publish=False
+    ) as running:
         assert running.state("Health.Status") == "starting"
         running.wait(running.ask_inside)
         end = time.monotonic() + 30
@@ -209,12 +269,18 @@ def test_nobody_else_reaches_the_dashboard(image):
     """Port 8265 runs code for whoever reaches it: it listens inside only, and there it asks for a token."""
     with Container("--publish=127.0.0.1::8265") as running:
         running.wait()
-        address = pods.docker("inspect", running.id, "--format={{.NetworkSettings.IPAddress}}").stdout.strip()
-        code = ("import sys, urllib.request as u, urllib.error as e\ntry: print(u.urlopen(u.Request("
-                "f'http://{sys.argv[1]}:8265/api/jobs/', b'{\"entrypoint\": \"id\"}', {'Content-Type': "
-                "'application/json'}), timeout=5).status)\nexcept e.HTTPError as err: print(err.code)\n"
-                "except OSError as err: print('refused')")
-        other = pods.docker("run", "--rm", f"--label={LABEL}", "--entrypoint=python", image, "-c", code, address)
+        address = pods.docker(
+            "inspect", running.id, "--format={{.NetworkSettings.IPAddress}}"
+        ).stdout.strip()
+        code = (
+            "import sys, urllib.request as u, urllib.error as e\ntry: print(u.urlopen(u.Request("
+            "f'http://{sys.argv[1]}:8265/api/jobs/', b'{\"entrypoint\": \"id\"}', {'Content-Type': "
+            "'application/json'}), timeout=5).status)\nexcept e.HTTPError as err: print(err.code)\n"
+            "except OSError as err: print('refused')"
+        )
+        other = pods.docker(
+            "run", "--rm", f"--label={LABEL}", "--entrypoint=python", image, "-c", code, address
+        )
         assert other.stdout.strip() == "refused"
         assert running.inside("python", "-c", code, "127.0.0.1").stdout.strip() in ("401", "403")
 
@@ -225,7 +291,9 @@ def test_told_to_stop_it_answers_what_has_begun_and_nothing_more(image, project,
     assert code.count(first) == 1
     slow = "        if Path('/tmp/slow').exists():\n            __import__('time').sleep(10)\n"
     (tmp_path / "slow.py").write_text(code.replace(first, slow + first))
-    mount = f"--mount=type=bind,source={tmp_path / 'slow.py'},target=/serve_app/template_ray_serve.py"
+    mount = (
+        f"--mount=type=bind,source={tmp_path / 'slow.py'},target=/serve_app/template_ray_serve.py"
+    )
     with Container(mount) as running:
         running.wait()
         running.inside("touch", "/tmp/slow")
@@ -249,7 +317,9 @@ def test_told_to_stop_while_it_starts(image):
     with Container() as running:
         time.sleep(5)
         assert pods.docker("stop", "--time=60", running.id).returncode == 0
-        assert running.state("ExitCode") == "0" and "Traceback" not in running.logs(), running.logs()
+        assert running.state("ExitCode") == "0" and "Traceback" not in running.logs(), (
+            running.logs()
+        )
 
 
 def test_killed_and_started_again(image):
@@ -264,4 +334,6 @@ def test_a_full_disk_stops_no_answer(image):
     with Container("--tmpfs=/tmp:size=256m", "--read-only") as running:
         running.wait()
         running.inside("sh", "-c", "cat /dev/zero > /tmp/full")
-        assert all(running.ask(text) == (200, {"translation": answer}) for text, answer in PAIRS.items())
+        assert all(
+            running.ask(text) == (200, {"translation": answer}) for text, answer in PAIRS.items()
+        )

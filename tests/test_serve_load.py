@@ -24,7 +24,7 @@ from test_template_ray_serve import PAIRS, Server, make_model  # noqa: E402
 pytestmark = pytest.mark.xdist_group("ray")
 
 # What a user might write below the mark: here "wait 2" in a text takes 2 seconds, and BOOM-1 fails.
-CODE = '''
+CODE = """
         import os, re, time
         texts = self.tokenizer.batch_decode(batch)
         with open("{seen}", "a") as log:
@@ -32,7 +32,7 @@ CODE = '''
         if any("BOOM-1" in text for text in texts):
             raise ValueError("a fault")
         time.sleep(max([float(found) for text in texts for found in re.findall(r"wait ([0-9.]+)", text)], default=0))
-'''
+"""
 
 
 def slow_app(folder):
@@ -40,7 +40,9 @@ def slow_app(folder):
     app = (TEMPLATES / "template_ray_serve.py").read_text()
     mark = re.search(r"\n        # YOUR CODE: .*\n", app)
     lines = CODE.replace("{seen}", str(folder / "seen.txt"))
-    (folder / "template_ray_serve.py").write_text(app[: mark.end()] + lines.lstrip("\n") + app[mark.end() :])
+    (folder / "template_ray_serve.py").write_text(
+        app[: mark.end()] + lines.lstrip("\n") + app[mark.end() :]
+    )
     make_model(folder / "model", PAIRS)
 
 
@@ -118,7 +120,9 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(server):
         answers = list(pool.map(one, range(100)))
     accepted = [answer for answer in answers if answer[0] == 200]
     refused = [answer for answer in answers if answer[0] == 503]
-    print(f"accepted {len(accepted)}, refused {len(refused)}, slowest refusal {max(each[2] for each in refused):.2f} s")
+    print(
+        f"accepted {len(accepted)}, refused {len(refused)}, slowest refusal {max(each[2] for each in refused):.2f} s"
+    )
     assert len(accepted) + len(refused) == 100 and len(accepted) == 6
     assert all(answer[1] == {"translation": "Merci."} for answer in accepted)
     assert all(answer[1]["error"]["code"] == 503 for answer in refused)
@@ -126,16 +130,26 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(server):
     assert job.result()[0] == 200
     line = in_background(server, "wait 4")
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
-    connection.request("POST", "/translate", json.dumps({"text": ["one"] * 7}), {"Content-Type": "application/json"})
+    connection.request(
+        "POST",
+        "/translate",
+        json.dumps({"text": ["one"] * 7}),
+        {"Content-Type": "application/json"},
+    )
     time.sleep(1)
     other = http.client.HTTPConnection("127.0.0.1", server.port)
-    other.request("POST", "/translate", json.dumps({"text": "two"}), {"Content-Type": "application/json"})
+    other.request(
+        "POST", "/translate", json.dumps({"text": "two"}), {"Content-Type": "application/json"}
+    )
     reply = other.getresponse()
     assert (reply.status, reply.getheader("Retry-After")) == (503, "1")
     other.close()
     connection.close()
     time.sleep(1)  # its seven have left with it, while the model is still busy
-    assert not line.done() and server.ask(body={"text": "Good morning"}) == (200, {"translation": "Bonjour"})
+    assert not line.done() and server.ask(body={"text": "Good morning"}) == (
+        200,
+        {"translation": "Bonjour"},
+    )
     assert line.result()[0] == 200
     serves(server)
 
@@ -150,14 +164,22 @@ def test_a_client_that_leaves_is_skipped(server):
 
 def test_a_text_that_fails_harms_no_other_in_its_batch(server):
     job = in_background(server, "wait 1")
-    texts = ["Good morning", "Thank you.", "BOOM-1", "The cat sleeps.", "I like tea.", "Good morning"]
+    texts = [
+        "Good morning",
+        "Thank you.",
+        "BOOM-1",
+        "The cat sleeps.",
+        "I like tea.",
+        "Good morning",
+    ]
     with ThreadPoolExecutor(len(texts)) as pool:
         answers = list(pool.map(lambda text: server.ask(body={"text": text}), texts))
     assert job.result()[0] == 200
     for text, (status, answer) in zip(texts, answers, strict=True):
         if text == "BOOM-1":
             assert status == 500 and answer == {
-                "error": {"code": 500, "message": "The model failed on this text: ValueError."}}
+                "error": {"code": 500, "message": "The model failed on this text: ValueError."}
+            }
         else:
             assert (status, answer) == (200, {"translation": PAIRS[text]})
     serves(server)
@@ -167,18 +189,26 @@ def test_metrics_tell_of_batches_and_keep_routes_few(server):
     for number in range(50):
         assert server.ask(f"/translate/aaa{number}", method="GET")[0] == 404
     serves(server)  # no figures of batches before there was one, and none of cut sentences here
-    told = re.findall(r"ray_\w+", (TEMPLATES.parent / "docs/serve.md").read_text().split("| metric for")[1])
+    told = re.findall(
+        r"ray_\w+", (TEMPLATES.parent / "docs/serve.md").read_text().split("| metric for")[1]
+    )
     targets = next(Path(server.scratch).rglob("prom_metrics_service_discovery.json"))
     end, text, missing = time.monotonic() + 30, "", set(told)
     while time.monotonic() < end and (missing or "serve_num_http" not in text):
         time.sleep(1)
         text = ""
-        for target in [target for group in json.loads(targets.read_text()) for target in group["targets"]]:
+        for target in [
+            target for group in json.loads(targets.read_text()) for target in group["targets"]
+        ]:
             try:
-                text += urllib.request.urlopen(f"http://{target}/metrics", timeout=10).read().decode()
+                text += (
+                    urllib.request.urlopen(f"http://{target}/metrics", timeout=10).read().decode()
+                )
             except OSError:
                 pass  # that one is not up yet
-        missing = {name for name in told if f"\n{name}" not in text} - {"ray_translator_cut_sentences_total"}
+        missing = {name for name in told if f"\n{name}" not in text} - {
+            "ray_translator_cut_sentences_total"
+        }
     assert "translator_batch_size_bucket" in text and "translator_input_tokens" in text
     assert len(told) == 5 and not missing, sorted(set(re.findall(r"^ray_\w+", text, re.M)))
     assert len(set(re.findall(r'route="([^"]*)"', text))) <= 6 and "aaa1" not in text
@@ -188,14 +218,22 @@ def test_memory_stays_flat_and_every_answer_is_right(server):
     def some(count):
         texts = list(PAIRS)
         with ThreadPoolExecutor(6) as pool:
-            answers = list(pool.map(lambda i: server.ask(body={"text": texts[i % len(texts)]}), range(count)))
-        assert answers == [(200, {"translation": PAIRS[texts[i % len(texts)]]}) for i in range(count)]
+            answers = list(
+                pool.map(lambda i: server.ask(body={"text": texts[i % len(texts)]}), range(count))
+            )
+        assert answers == [
+            (200, {"translation": PAIRS[texts[i % len(texts)]]}) for i in range(count)
+        ]
 
     some(300)
     before, begin = sizes(server), time.monotonic()
     some(2000)
-    print(f"{2000 / (time.monotonic() - begin):.0f} requests/s with 6 clients;", before, sizes(server))
-    assert len(before) == 2 and all(size - before[name] < 50 for name, size in sizes(server).items())
+    print(
+        f"{2000 / (time.monotonic() - begin):.0f} requests/s with 6 clients;", before, sizes(server)
+    )
+    assert len(before) == 2 and all(
+        size - before[name] < 50 for name, size in sizes(server).items()
+    )
     assert len(replicas(server)) == 1
 
 
@@ -204,9 +242,22 @@ def deploy(server, **arguments):
     config = yaml.safe_load((server.folder / "config.yaml").read_text())
     config["applications"][0]["args"].update(arguments)
     (server.folder / "new.yaml").write_text(yaml.safe_dump(config))
-    subprocess.run([sys.executable, "-m", "ray.serve.scripts", "deploy", "new.yaml", "-a",
-                    f"http://127.0.0.1:{server.dashboard}"], cwd=server.folder, env=server.environment, check=True,
-                   timeout=100, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "ray.serve.scripts",
+            "deploy",
+            "new.yaml",
+            "-a",
+            f"http://127.0.0.1:{server.dashboard}",
+        ],
+        cwd=server.folder,
+        env=server.environment,
+        check=True,
+        timeout=100,
+        capture_output=True,
+    )
     end = time.monotonic() + 100
     for number in (2, 1):
         while len(server.processes("ServeReplica")) != number and time.monotonic() < end:
@@ -230,7 +281,10 @@ def test_a_timeout_answers_504_and_what_waited_never_reaches_the_model(server):
     deploy(server, timeout_s=4)
     status, answer, seconds = timed(server, body={"text": "wait 6"})
     assert status == 504 and "4 seconds" in answer["error"]["message"] and 3.5 < seconds < 6
-    assert server.ask(body={"text": "Good morning"}) == (200, {"translation": "Bonjour"})  # when these 6 s are over
+    assert server.ask(body={"text": "Good morning"}) == (
+        200,
+        {"translation": "Bonjour"},
+    )  # when these 6 s are over
     job = in_background(server, "wait 6")
     assert timed(server, body={"text": "skip-one please"})[0] == 504
     assert job.result()[0] == 504

@@ -21,14 +21,19 @@ pytestmark = pytest.mark.xdist_group("ray")
 
 class Cluster(Server):
     """`serve ARGUMENTS` on three nodes of one CPU, each with a raylet of its own."""
-    start = re.sub("ray.init.*\n", """
+
+    start = re.sub(
+        "ray.init.*\n",
+        """
 from ray.cluster_utils import Cluster
 head = {"num_cpus": 1, "temp_dir": ray_options["_temp_dir"], "include_dashboard": False}
 cluster = Cluster(True, head_node_args=head)
 for _ in range(2):
     cluster.add_node(num_cpus=1)
 ray.init(address=cluster.address, namespace="serve")
-""", START).replace("serve.start(", "serve.start('HeadOnly', ")
+""",
+        START,
+    ).replace("serve.start(", "serve.start('HeadOnly', ")
 
 
 @contextlib.contextmanager
@@ -89,7 +94,11 @@ def test_replicas_are_spread_and_all_take_part(server):
         with Load(server.port) as load:
             time.sleep(2)
         assert not load.wrong()
-        idle = {process: used for process, used in idle.items() if sum(process.cpu_times()[:2]) < used + 0.05}
+        idle = {
+            process: used
+            for process, used in idle.items()
+            if sum(process.cpu_times()[:2]) < used + 0.05
+        }
     assert not idle
 
 
@@ -109,5 +118,7 @@ def test_a_lost_node_costs_no_more_than_what_it_was_working_on(server):
         time.sleep(12)
     failed = [(round(each.end - at, 2), each.status) for each in load.lost()]
     print(f"{len(load.answers)} requests, failed after (seconds, status): {failed}")
-    assert not load.wrong() and len(failed) <= 4 and all(status in (500, 503) for _, status in failed)  # one a client
+    assert (
+        not load.wrong() and len(failed) <= 4 and all(status in (500, 503) for _, status in failed)
+    )  # one a client
     assert all(when < 5 for when, _ in failed) and len(replicas(server)) == 2

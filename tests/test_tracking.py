@@ -30,13 +30,29 @@ class Done(NamedTuple):
     server: StandIn
 
 
-def tracked(folder, server, *arguments, url=None, flow=FLOW, before=(), command="run", **environment):
+def tracked(
+    folder, server, *arguments, url=None, flow=FLOW, before=(), command="run", **environment
+):
     """Run the flow as a user does, with W&B at the stand-in or at `url`."""
-    settings = {**clean_environment(folder), "WANDB_BASE_URL": url or server.url, "WANDB_API_KEY": KEY,
-                "WANDB_PROJECT": "project", "HOME": str(folder), "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run([*before, sys.executable, str(flow), "--no-pylint", command, *arguments], cwd=folder,
-                          env={name: value for name, value in settings.items() if value is not None}, timeout=600,
-                          text=True, encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    settings = {
+        **clean_environment(folder),
+        "WANDB_BASE_URL": url or server.url,
+        "WANDB_API_KEY": KEY,
+        "WANDB_PROJECT": "project",
+        "HOME": str(folder),
+        "OMP_NUM_THREADS": "1",
+        **environment,
+    }
+    done = subprocess.run(
+        [*before, sys.executable, str(flow), "--no-pylint", command, *arguments],
+        cwd=folder,
+        env={name: value for name, value in settings.items() if value is not None},
+        timeout=600,
+        text=True,
+        encoding="utf-8",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     return Done(folder, done.returncode, done.stdout, server)
 
 
@@ -60,12 +76,20 @@ def nobody(folder, server):
         if path.is_relative_to(tempfile.gettempdir()) and path != Path(tempfile.gettempdir()):
             os.chmod(path, 0o755)  # pytest's own folders are root's alone
     os.chown(folder, user.pw_uid, user.pw_gid)
-    before = ("setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups",
-              "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
+    before = (
+        "setpriv",
+        f"--reuid={user.pw_uid}",
+        f"--regid={user.pw_gid}",
+        "--clear-groups",
+        "--inh-caps=+dac_read_search",
+        "--ambient-caps=+dac_read_search",
+    )
     temporary = folder / "temporary"
     temporary.mkdir()
     os.chown(temporary, user.pw_uid, user.pw_gid)
-    return tracked(folder, server, *SHORT, before=before, WANDB_DIR=str(locked), TMPDIR=str(temporary))
+    return tracked(
+        folder, server, *SHORT, before=before, WANDB_DIR=str(locked), TMPDIR=str(temporary)
+    )
 
 
 SCRIPT = f"""
@@ -77,9 +101,16 @@ with Runner({str(FLOW)!r}, pylint=False).run(offline=True, epochs=2) as running:
 
 
 def script(folder, server):
-    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=folder, text=True, encoding="utf-8", timeout=600,
-                          env={**clean_environment(folder), "OMP_NUM_THREADS": "1", "WANDB_BASE_URL": server.url},
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        cwd=folder,
+        text=True,
+        encoding="utf-8",
+        timeout=600,
+        env={**clean_environment(folder), "OMP_NUM_THREADS": "1", "WANDB_BASE_URL": server.url},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     return Done(folder, done.returncode, done.stdout, server)
 
 
@@ -95,18 +126,38 @@ def internet(trace):
 def good(tmp_path_factory):
     def offline(folder, server):
         before = (*STRACE, str(folder / "trace")) if shutil.which("strace") else ()
-        return tracked(folder, server, "--offline", "True", *SHORT, before=before, WANDB_API_KEY=None,
-                       WANDB_PROJECT=None)
+        return tracked(
+            folder,
+            server,
+            "--offline",
+            "True",
+            *SHORT,
+            before=before,
+            WANDB_API_KEY=None,
+            WANDB_PROJECT=None,
+        )
 
     def online(folder, server):
         return tracked(folder, server, "--offline", "False", *SHORT)
 
     def disabled(folder, server):
-        return tracked(folder, server, "--offline", "False", *SHORT, WANDB_MODE="disabled", WANDB_API_KEY=None,
-                       WANDB_PROJECT=None)
+        return tracked(
+            folder,
+            server,
+            "--offline",
+            "False",
+            *SHORT,
+            WANDB_MODE="disabled",
+            WANDB_API_KEY=None,
+            WANDB_PROJECT=None,
+        )
 
-    cases = {"offline": ("ok", offline), "online": ("ok", online), "disabled": ("ok", disabled),
-             "script": ("ok", script)}
+    cases = {
+        "offline": ("ok", offline),
+        "online": ("ok", online),
+        "disabled": ("ok", disabled),
+        "script": ("ok", script),
+    }
     if os.geteuid() == 0:
         cases["nobody"] = ("ok", nobody)
     with together(tmp_path_factory, cases) as runs:
@@ -127,18 +178,30 @@ def test_offline_sends_nothing(good):
     assert run.server.connections == 0 and run.output.count("W&B mode: offline") == 2
     assert len(sync_folders(run.output)) == 2
     for folder in sync_folders(run.output):
-        assert folder.is_dir() and folder.name.startswith("offline-run-") and folder.parent.parent == run.folder
+        assert (
+            folder.is_dir()
+            and folder.name.startswith("offline-run-")
+            and folder.parent.parent == run.folder
+        )
         assert list(folder.glob("*.wandb"))
-        assert not re.search(rb"/None/|project.{0,9}None", b"".join(file.read_bytes() for file in folder.rglob("*")
-                                                                  if file.is_file()))
+        assert not re.search(
+            rb"/None/|project.{0,9}None",
+            b"".join(file.read_bytes() for file in folder.rglob("*") if file.is_file()),
+        )
 
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
 def test_offline_makes_no_connection(good, tmp_path):
     assert internet(good["offline"].folder / "trace") == []
     with StandIn() as server:  # the same trace sees one when there is one
-        connect = f"import socket; socket.create_connection(('127.0.0.1', {server.server.server_port}))"
-        subprocess.run([*STRACE, str(tmp_path / "trace"), sys.executable, "-c", connect], check=True, timeout=60)
+        connect = (
+            f"import socket; socket.create_connection(('127.0.0.1', {server.server.server_port}))"
+        )
+        subprocess.run(
+            [*STRACE, str(tmp_path / "trace"), sys.executable, "-c", connect],
+            check=True,
+            timeout=60,
+        )
     assert len(internet(tmp_path / "trace")) == 1
 
 
@@ -146,21 +209,36 @@ def test_everything_logged_arrives(good):
     run = good["online"]
     assert run.code == 0 and "Traceback" not in run.output, run.output
     found, scores = artifacts(run.folder, "train"), artifacts(run.folder, "evaluate")["scores"]
-    train, evaluate = sorted(run.server.runs.values(), key=lambda each: each["displayName"], reverse=True)
-    assert [{"step": row["train/global_step"], "loss": row["train/loss"]} for row in train["history"]
-            if "train/loss" in row] == [{"step": row["step"], "loss": pytest.approx(row["loss"])}
-                                        for row in found["losses"]]
+    train, evaluate = sorted(
+        run.server.runs.values(), key=lambda each: each["displayName"], reverse=True
+    )
+    assert [
+        {"step": row["train/global_step"], "loss": row["train/loss"]}
+        for row in train["history"]
+        if "train/loss" in row
+    ] == [{"step": row["step"], "loss": pytest.approx(row["loss"])} for row in found["losses"]]
     assert len(found["losses"]) >= 20
-    assert train["config"]["pairs"] == len(found["training"]) and train["config"]["num_train_epochs"] == 2
+    assert (
+        train["config"]["pairs"] == len(found["training"])
+        and train["config"]["num_train_epochs"] == 2
+    )
     assert train["summary"]["train/loss"] == pytest.approx(found["losses"][-1]["loss"])
     assert {name: evaluate["summary"][name] for name in scores} == pytest.approx(scores)
     assert train["exits"] == evaluate["exits"] == [0]
     for each, step in ((train, "train"), (evaluate, "evaluate")):
         number = each["config"]["run"]
-        assert each["tags"] == ["TemplateFlow", number, step] and each["displayName"] == f"{number}/{step}"
+        assert (
+            each["tags"] == ["TemplateFlow", number, step]
+            and each["displayName"] == f"{number}/{step}"
+        )
         assert each["groupName"] == f"TemplateFlow/{number}" and f"run-id {number}" in run.output
         assert each["project"] == "project" and each["config"]["resumed_from"] is None
-        for name in ("config.yaml", "requirements.txt", "wandb-metadata.json", "wandb-summary.json"):
+        for name in (
+            "config.yaml",
+            "requirements.txt",
+            "wandb-metadata.json",
+            "wandb-summary.json",
+        ):
             assert run.server.files[each["name"], name]
     assert len(run.server.runs) == 2
     assert {key for _, path, key in run.server.requests if path == "/graphql"} == {KEY}
@@ -169,7 +247,9 @@ def test_everything_logged_arrives(good):
 def test_the_url_is_in_the_log_and_in_the_card(good):
     run = good["online"]
     urls = re.findall(r"W&B mode: online, (\S+)", run.output)
-    assert len(urls) == 2 and all(url.startswith(run.server.url + "/stand-in/project/runs/") for url in urls)
+    assert len(urls) == 2 and all(
+        url.startswith(run.server.url + "/stand-in/project/runs/") for url in urls
+    )
     assert {url.rsplit("/", 1)[1] for url in urls} == set(run.server.runs)
     assert any(urls[0] in card for card in cards(run.folder, "train"))
 
@@ -200,8 +280,13 @@ def test_unwritable_folder_is_said_and_the_real_one_named(good):
     assert run.output.count(f"Falling back to temporary directory {run.folder / 'temporary'}") == 2
 
 
-FAILURES = {"refused": ("ok", NOBODY), "hangs": ("hang", None), "wrong key": (401, None), "dies": ("dies", None),
-            "freezes": ("freezes", None)}
+FAILURES = {
+    "refused": ("ok", NOBODY),
+    "hangs": ("hang", None),
+    "wrong key": (401, None),
+    "dies": ("dies", None),
+    "freezes": ("freezes", None),
+}
 MID_RUN = ("dies", "freezes")
 
 
@@ -209,8 +294,11 @@ MID_RUN = ("dies", "freezes")
 def bad(tmp_path_factory):
     def case(url):
         return lambda folder, server: tracked(folder, server, "--offline", "False", *SHORT, url=url)
-    with together(tmp_path_factory, {name.replace(" ", "_"): (mode, case(url))
-                                     for name, (mode, url) in FAILURES.items()}) as runs:
+
+    with together(
+        tmp_path_factory,
+        {name.replace(" ", "_"): (mode, case(url)) for name, (mode, url) in FAILURES.items()},
+    ) as runs:
         yield runs
 
 
@@ -220,22 +308,31 @@ def waits(output, step):
     times = [datetime.fromisoformat(time).timestamp() for time, _ in lines]
     loaded, mode, sent, over = (
         next(i for i, (_, text) in enumerate(lines) if text.startswith(word))
-        for word in ("wandb: [wandb.login()]", "W&B mode", "To send W&B", "Task finished"))
-    worked = max((i for i, (_, text) in enumerate(lines) if "'train_runtime'" in text), default=mode)
-    return [round(times[b] - times[a], 1) for a, b in ((loaded, mode), (worked, sent), (sent, over))]
+        for word in ("wandb: [wandb.login()]", "W&B mode", "To send W&B", "Task finished")
+    )
+    worked = max(
+        (i for i, (_, text) in enumerate(lines) if "'train_runtime'" in text), default=mode
+    )
+    return [
+        round(times[b] - times[a], 1) for a, b in ((loaded, mode), (worked, sent), (sent, over))
+    ]
 
 
 @pytest.mark.parametrize("failure", FAILURES)
 def test_trouble_with_wandb_is_bounded_and_costs_no_result(failure, bad, record_property):
     run = bad[failure.replace(" ", "_")]
-    assert run.code == 0 and "Traceback" not in run.output and "40 characters" not in run.output, run.output
+    assert run.code == 0 and "Traceback" not in run.output and "40 characters" not in run.output, (
+        run.output
+    )
     found = {step: waits(run.output, step) for step in ("train", "evaluate")}
     print(failure, found)
     for step, seconds in found.items():
         record_property(f"{failure} {step}", seconds)
         assert sum(seconds) < 60, (step, seconds)
     lines = re.findall(r"W&B is out of reach, going on offline: (.*)", run.output)
-    assert len(lines) == (1 if failure in MID_RUN else 2)  # in the middle of a run the client itself says it
+    assert len(lines) == (
+        1 if failure in MID_RUN else 2
+    )  # in the middle of a run the client itself says it
     reasons = {"refused": "connection refused", "hangs": "deadline exceeded", "wrong key": "401"}
     assert all(reasons.get(failure, "TemplateFlow-") in line for line in lines), lines
     if failure in MID_RUN:
@@ -248,27 +345,45 @@ def test_trouble_with_wandb_is_bounded_and_costs_no_result(failure, bad, record_
 def test_what_was_kept_can_be_sent_later(failure, bad):
     run = bad[failure.replace(" ", "_")]
     folders, lines = sync_folders(run.output), sync_lines(run.output)
-    assert len(folders) == 2 and all(folder.is_dir() and folder.name != "files" for folder in folders)
+    assert len(folders) == 2 and all(
+        folder.is_dir() and folder.name != "files" for folder in folders
+    )
     losses = artifacts(run.folder, "train")["losses"]
     with StandIn() as server:
         for line in lines:
-            done = subprocess.run([str(Path(sys.executable).with_name("wandb")), "sync", *line.split()], timeout=120,
-                                  cwd=run.folder, env={**os.environ, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY,
-                                                       "HOME": str(run.folder)},
-                                  text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            done = subprocess.run(
+                [str(Path(sys.executable).with_name("wandb")), "sync", *line.split()],
+                timeout=120,
+                cwd=run.folder,
+                env={
+                    **os.environ,
+                    "WANDB_BASE_URL": server.url,
+                    "WANDB_API_KEY": KEY,
+                    "HOME": str(run.folder),
+                },
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
             assert done.returncode == 0, done.stdout
-        train, evaluate = sorted(server.runs.values(), key=lambda each: each["displayName"], reverse=True)
+        train, evaluate = sorted(
+            server.runs.values(), key=lambda each: each["displayName"], reverse=True
+        )
     sent = [row["train/loss"] for row in train["history"] if "train/loss" in row]
     assert sent == pytest.approx([row["loss"] for row in losses]) and train["project"] == "project"
-    assert evaluate["summary"]["chrf"] == pytest.approx(artifacts(run.folder, "evaluate")["scores"]["chrf"])
+    assert evaluate["summary"]["chrf"] == pytest.approx(
+        artifacts(run.folder, "evaluate")["scores"]["chrf"]
+    )
 
 
 def test_a_failing_step_is_marked_once_and_resume_names_its_origin(tmp_path):
-    line = "            # YOUR CODE: log your own numbers: run.log({\"name\": 1.0})\n"
+    line = '            # YOUR CODE: log your own numbers: run.log({"name": 1.0})\n'
     source = FLOW.read_text()
     assert source.count(line) == 1
     copy = tmp_path / FLOW.name
-    copy.write_text(source.replace(line, '            run.log({"mine": 1.0}); raise ValueError("boom-42")\n'))
+    copy.write_text(
+        source.replace(line, '            run.log({"mine": 1.0}); raise ValueError("boom-42")\n')
+    )
     with StandIn() as server:
         broken = tracked(tmp_path, server, "--offline", "False", *SHORT, flow=copy)
         assert broken.code != 0 and "ValueError: boom-42" in broken.output, broken.output

@@ -11,18 +11,36 @@ import pytest
 from test_house import names
 from test_readme import ROOT, commands, shows
 
-SETS = {path.name: sorted(each.name for each in path.iterdir() if each.suffix != ".jinja")
-        for path in sorted((ROOT / "sets").iterdir()) if path.is_dir()}
+SETS = {
+    path.name: sorted(each.name for each in path.iterdir() if each.suffix != ".jinja")
+    for path in sorted((ROOT / "sets").iterdir())
+    if path.is_dir()
+}
 BIN = Path(sys.executable).parent
 GIT = {name: "test@example.com" for name in ("GIT_AUTHOR_EMAIL", "GIT_COMMITTER_EMAIL")} | {
-    name: "Test" for name in ("GIT_AUTHOR_NAME", "GIT_COMMITTER_NAME")}
+    name: "Test" for name in ("GIT_AUTHOR_NAME", "GIT_COMMITTER_NAME")
+}
 
 
 def run(command, folder, code=0, **more):
     """What a shell command prints, as somebody runs it who has git and the packages."""
-    environment = {"PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(folder), "LANG": "C.UTF-8", **GIT, **more}
-    done = subprocess.run(["bash", "-c", command], cwd=folder, env=environment, timeout=120, text=True,
-                          encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    environment = {
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "HOME": str(folder),
+        "LANG": "C.UTF-8",
+        **GIT,
+        **more,
+    }
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        env=environment,
+        timeout=120,
+        text=True,
+        encoding="utf-8",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert done.returncode == code, done.stdout
     return done.stdout
 
@@ -56,7 +74,9 @@ def next_release(release, tmp_path_factory):
     """A clone that has one release more: two lines of the flow differ, and one has braces as CI files do."""
     folder = tmp_path_factory.mktemp("next") / "templates"
     run(f"git clone --quiet {release} {folder}", release)
-    flow, serve = (folder / "templates" / name for name in ("template_flow.py", "template_ray_serve.py"))
+    flow, serve = (
+        folder / "templates" / name for name in ("template_flow.py", "template_ray_serve.py")
+    )
     change(flow, "BATCH, MAX_TOKENS = 64, 128", "BATCH, MAX_TOKENS = 96, 128")
     flow.write_text(flow.read_text("utf-8") + "# ${{ github.sha }} {% raw %}\n", "utf-8")
     change(serve, "max_queue: int = Field(256", "max_queue: int = Field(512")
@@ -67,13 +87,19 @@ def next_release(release, tmp_path_factory):
 
 
 def test_sets_hold_every_template_as_a_link():
-    assert set(SETS["all"]) == {path.name for path in (ROOT / "templates").iterdir() if path.is_file()} - {".env"}
-    table = (ROOT / "README.md").read_text("utf-8").split("## Copy what you need")[1].split("\n\n**")[0]
+    assert set(SETS["all"]) == {
+        path.name for path in (ROOT / "templates").iterdir() if path.is_file()
+    } - {".env"}
+    table = (
+        (ROOT / "README.md").read_text("utf-8").split("## Copy what you need")[1].split("\n\n**")[0]
+    )
     for name, files in SETS.items():
-        row, = re.findall(rf"^\|[^|]*\| `{name}` \|(.*)\|$", table, re.MULTILINE)
+        (row,) = re.findall(rf"^\|[^|]*\| `{name}` \|(.*)\|$", table, re.MULTILINE)
         assert name == "all" or set(re.findall("`([^`]+)`", row)) == set(files), name
         for each in (ROOT / "sets" / name).iterdir():
-            target = "../answers.jinja" if each.suffix == ".jinja" else f"../../templates/{each.name}"
+            target = (
+                "../answers.jinja" if each.suffix == ".jinja" else f"../../templates/{each.name}"
+            )
             assert os.readlink(each) == target and each.exists()
 
 
@@ -90,7 +116,11 @@ def test_copier_copies_byte_by_byte(release, what, place, tmp_path):
 
 def test_copier_asks_one_question_and_runs_nothing():
     text = (ROOT / "copier.yml").read_text("utf-8")
-    assert re.findall(r"^(\w+):", text, re.MULTILINE) == ["_min_copier_version", "_subdirectory", "what"]
+    assert re.findall(r"^(\w+):", text, re.MULTILINE) == [
+        "_min_copier_version",
+        "_subdirectory",
+        "what",
+    ]
 
 
 def test_page_word_by_word(release, next_release, tmp_path):
@@ -110,7 +140,11 @@ def test_page_word_by_word(release, next_release, tmp_path):
     for command, expected in shown[4:7]:
         assert shows(run(command, folder), expected)
     text = (folder / "template_flow.py").read_text("utf-8")
-    assert "cpu=3" in text and "MAX_TOKENS = 96" in text and text.endswith("# ${{ github.sha }} {% raw %}\n")
+    assert (
+        "cpu=3" in text
+        and "MAX_TOKENS = 96" in text
+        and text.endswith("# ${{ github.sha }} {% raw %}\n")
+    )
     assert "version 0.2.0" in text and not (folder / ".env.example").exists()
 
     by_hand = repository(tmp_path / "by hand")
@@ -123,12 +157,17 @@ def test_page_word_by_word(release, next_release, tmp_path):
     merged = (by_hand / "flow.py").read_text("utf-8")
     assert merged == text
     assert "flow.py: template_flow.py 0.2.0, changed\n" == run(
-        f"python {bare}/outdated.py .", by_hand)
+        f"python {bare}/outdated.py .", by_hand
+    )
 
     adopted = repository(tmp_path / "adopted")
     for name in SETS["serve"]:
         shutil.copy(ROOT / "templates" / name, adopted)
-    change(adopted / "template_ray_serve.py", "max_batch_size: int = Field(32", "max_batch_size: int = Field(8")
+    change(
+        adopted / "template_ray_serve.py",
+        "max_batch_size: int = Field(32",
+        "max_batch_size: int = Field(8",
+    )
     for command, expected in shown[8:]:
         assert shows(run(command, adopted, TEMPLATES=str(bare)), expected)
     text = (adopted / "template_ray_serve.py").read_text("utf-8")
@@ -141,15 +180,25 @@ def test_the_same_line_changed_twice_is_shown_and_nothing_is_lost(release, next_
     change(folder / "template_flow.py", "MAX_TOKENS = 64, 128", "MAX_TOKENS = 8, 128")
     run("git add --all; git commit --quiet --message mine", folder)
     run("copier update --defaults", folder)
-    found = re.search(r"<<<<<<<.*?\n(.*?)=======\n(.*?)>>>>>>>", (folder / "template_flow.py").read_text("utf-8"), re.S)
+    found = re.search(
+        r"<<<<<<<.*?\n(.*?)=======\n(.*?)>>>>>>>",
+        (folder / "template_flow.py").read_text("utf-8"),
+        re.S,
+    )
     assert "MAX_TOKENS = 8," in found[1] and "MAX_TOKENS = 96," in found[2]
     run("git diff --check", folder, code=2)
 
 
 def test_in_a_folder_of_a_larger_repository(next_release, tmp_path):
     repository(tmp_path)
-    run(f"copier copy --defaults --vcs-ref v0.1.0 --data what=train {next_release} ml/translator", tmp_path)
-    run("git add --all; git commit --quiet --message mine; copier update --defaults ml/translator", tmp_path)
+    run(
+        f"copier copy --defaults --vcs-ref v0.1.0 --data what=train {next_release} ml/translator",
+        tmp_path,
+    )
+    run(
+        "git add --all; git commit --quiet --message mine; copier update --defaults ml/translator",
+        tmp_path,
+    )
     assert "MAX_TOKENS = 96" in (tmp_path / "ml/translator/template_flow.py").read_text("utf-8")
 
 
@@ -167,15 +216,24 @@ def test_outdated_tells_apart(release, next_release, tmp_path):
     change(folder / "export.py", "import argparse", "import argparse  # mine")
     assert outdated(next_release, folder, 0) == "export.py: export_model.py 0.1.0, changed\n"
     shutil.copy(release / "templates/template_ray_serve.py", folder / "app.py")
-    assert "app.py: template_ray_serve.py 0.1.0, as released, outdated: v0.2.0 differs\n" in outdated(
-        next_release, folder, 1)
+    assert (
+        "app.py: template_ray_serve.py 0.1.0, as released, outdated: v0.2.0 differs\n"
+        in outdated(next_release, folder, 1)
+    )
     change(folder / "app.py", ", version 0.1.0", ", version 0.1.9")
-    assert "app.py: template_ray_serve.py 0.1.9, no such release\n" in outdated(next_release, folder, 0)
+    assert "app.py: template_ray_serve.py 0.1.9, no such release\n" in outdated(
+        next_release, folder, 0
+    )
 
 
-@pytest.mark.parametrize("arguments, said", [
-    ("", "usage: python outdated.py REPOSITORY"), ("{nowhere}", "cannot change to"),
-    ("{folder}", "not a git repository")])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ("", "usage: python outdated.py REPOSITORY"),
+        ("{nowhere}", "cannot change to"),
+        ("{folder}", "not a git repository"),
+    ],
+)
 def test_outdated_says_what_it_cannot_do(next_release, arguments, said, tmp_path):
     arguments = arguments.format(folder=tmp_path, nowhere=tmp_path / "none")
     output = run(f"python {next_release}/outdated.py {arguments}", tmp_path, code=2)

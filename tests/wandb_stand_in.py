@@ -69,17 +69,23 @@ class StandIn:
     def answer(self, handler):
         raw = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
         raw = gzip.decompress(raw) if handler.headers.get("Content-Encoding") == "gzip" else raw
-        login = base64.b64decode(handler.headers.get("Authorization", "").removeprefix("Basic ")).decode()
+        login = base64.b64decode(
+            handler.headers.get("Authorization", "").removeprefix("Basic ")
+        ).decode()
         with self.lock:
             self.requests.append((handler.command, handler.path, login.removeprefix("api:")))
         if self.mode == "hang":
             self.over.wait(300)
             return
         if isinstance(self.mode, int):
-            return self.reply(handler, {"errors": [{"message": f"stand-in says {self.mode}"}]}, self.mode)
+            return self.reply(
+                handler, {"errors": [{"message": f"stand-in says {self.mode}"}]}, self.mode
+            )
         with self.lock:
             content, code = self.keep(handler, raw)
-            begun = self.runs and handler.path != "/graphql"  # the run exists and its first data comes
+            begun = (
+                self.runs and handler.path != "/graphql"
+            )  # the run exists and its first data comes
         if begun and self.mode == "freezes":
             self.mode = "hang"
             self.over.wait(300)
@@ -98,28 +104,65 @@ class StandIn:
         handler.wfile.write(body)
 
     def run(self, name):
-        return self.runs.setdefault(name, {"config": {}, "history": [], "summary": {}, "exits": [],
-                                           "streamed": defaultdict(list)})
+        return self.runs.setdefault(
+            name,
+            {
+                "config": {},
+                "history": [],
+                "summary": {},
+                "exits": [],
+                "streamed": defaultdict(list),
+            },
+        )
 
     def keep(self, handler, raw):
         """Store one request; return (answer, status code)."""
         if handler.path == "/graphql":
             query = json.loads(raw)
-            given = {key: value for key, value in (query.get("variables") or {}).items() if value is not None}
+            given = {
+                key: value
+                for key, value in (query.get("variables") or {}).items()
+                if value is not None
+            }
             operation = re.search(r"(?:query|mutation)\s+(\w+)", query["query"])[1]
             if operation == "UpsertBucket":
                 run = self.run(given["name"])
                 config = json.loads(given.pop("config", "{}"))
-                run["config"].update({key: each["value"] for key, each in config.items() if key != "_wandb"})
+                run["config"].update(
+                    {key: each["value"] for key, each in config.items() if key != "_wandb"}
+                )
                 run.update(given)
-                project = {"name": given.get("project"), "entity": {"name": given.get("entity") or "stand-in"}}
-                return {"data": {"upsertBucket": {"inserted": True, "bucket": {
-                    "id": given["name"], "name": given["name"], "displayName": given.get("displayName"),
-                    "project": project}}}}, 200
+                project = {
+                    "name": given.get("project"),
+                    "entity": {"name": given.get("entity") or "stand-in"},
+                }
+                return {
+                    "data": {
+                        "upsertBucket": {
+                            "inserted": True,
+                            "bucket": {
+                                "id": given["name"],
+                                "name": given["name"],
+                                "displayName": given.get("displayName"),
+                                "project": project,
+                            },
+                        }
+                    }
+                }, 200
             if operation == "CreateRunFiles":
-                files = [{"name": name, "uploadUrl": f"{self.url}/upload/{given['run']}/{name}"}
-                         for name in given["files"]]
-                return {"data": {"createRunFiles": {"runID": given["run"], "uploadHeaders": [], "files": files}}}, 200
+                files = [
+                    {"name": name, "uploadUrl": f"{self.url}/upload/{given['run']}/{name}"}
+                    for name in given["files"]
+                ]
+                return {
+                    "data": {
+                        "createRunFiles": {
+                            "runID": given["run"],
+                            "uploadHeaders": [],
+                            "files": files,
+                        }
+                    }
+                }, 200
             return {"data": {}}, 200
         if handler.path.startswith("/upload/"):
             name = handler.path.removeprefix("/upload/").split("/", 1)

@@ -15,9 +15,12 @@ PODS = r"/api/v1/namespaces/[\w-]+/pods\?labelSelector=job-name(?:%3D|=)(?P<name
 
 class Job:
     """A Job as it was posted, with what Kubernetes itself would add to it."""
+
     def __init__(self, posted, namespace, cluster):
         self.object, metadata = posted, posted["metadata"]
-        self.name = metadata.setdefault("name", metadata.get("generateName", "") + uuid.uuid4().hex[:5])
+        self.name = metadata.setdefault(
+            "name", metadata.get("generateName", "") + uuid.uuid4().hex[:5]
+        )
         metadata.update({"uid": uuid.uuid4().hex, "namespace": namespace})
         metadata["annotations"] = metadata.get("annotations") or {}
         posted["spec"].setdefault("parallelism", 1)
@@ -30,16 +33,22 @@ class Job:
         """(phase of the pod, state of its container), as docker tells them."""
         times = {"startedAt": "2026-01-01T00:00:00Z", "finishedAt": "2026-01-01T00:00:01Z"}
         if self.refused:
-            return "Failed", {"terminated": {"exitCode": 125, "reason": "Error", "message": self.refused, **times}}
+            return "Failed", {
+                "terminated": {"exitCode": 125, "reason": "Error", "message": self.refused, **times}
+            }
         seen = docker("inspect", "--format", "{{json .State}}", self.name)
         if seen.returncode:
-            return "Failed", {"terminated": {"exitCode": 137, "reason": "Error", "message": "removed", **times}}
+            return "Failed", {
+                "terminated": {"exitCode": 137, "reason": "Error", "message": "removed", **times}
+            }
         seen = json.loads(seen.stdout)
         if seen["Status"] != "exited":
             return "Running", {"running": {"startedAt": times["startedAt"]}}
         code = seen["ExitCode"]
         reason = "OOMKilled" if seen["OOMKilled"] else "Error" if code else "Completed"
-        return "Failed" if code else "Succeeded", {"terminated": {"exitCode": code, "reason": reason, **times}}
+        return "Failed" if code else "Succeeded", {
+            "terminated": {"exitCode": code, "reason": reason, **times}
+        }
 
     def shown(self):
         phase = {"Running": "active", "Failed": "failed", "Succeeded": "succeeded"}[self.state()[0]]
@@ -47,12 +56,27 @@ class Job:
 
     def pod(self):
         phase, state = self.state()
-        status = {"name": self.container["name"], "image": self.container["image"], "imageID": "", "restartCount": 0,
-                  "ready": phase == "Running", "state": state}
-        metadata = {**self.template.get("metadata", {}), "name": f"{self.name}-pod",
-                    "namespace": self.object["metadata"]["namespace"], "uid": self.object["metadata"]["uid"]}
-        return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": self.template["spec"],
-                "status": {"phase": phase, "containerStatuses": [status]}}
+        status = {
+            "name": self.container["name"],
+            "image": self.container["image"],
+            "imageID": "",
+            "restartCount": 0,
+            "ready": phase == "Running",
+            "state": state,
+        }
+        metadata = {
+            **self.template.get("metadata", {}),
+            "name": f"{self.name}-pod",
+            "namespace": self.object["metadata"]["namespace"],
+            "uid": self.object["metadata"]["uid"],
+        }
+        return {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": metadata,
+            "spec": self.template["spec"],
+            "status": {"phase": phase, "containerStatuses": [status]},
+        }
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -79,13 +103,17 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(new.shown(), 201)
         if self.command == "GET" and pods:
             items = [each.pod() for each in jobs.values() if each.name == pods["name"]]
-            return self.answer({"apiVersion": "v1", "kind": "PodList", "metadata": {}, "items": items})
+            return self.answer(
+                {"apiVersion": "v1", "kind": "PodList", "metadata": {}, "items": items}
+            )
         if job and job["name"] in jobs:
             if self.command == "PATCH":  # parallelism 0 is how Metaflow ends a job
                 jobs[job["name"]].object["spec"].update(body["spec"])
                 docker("rm", "--force", job["name"])
             return self.answer(jobs[job["name"]].shown())
-        return self.answer({"kind": "Status", "status": "Failure", "code": 404, "message": self.path}, 404)
+        return self.answer(
+            {"kind": "Status", "status": "Failure", "code": 404, "message": self.path}, 404
+        )
 
     do_GET = do_POST = do_PATCH = handle_request
 

@@ -2,13 +2,24 @@
 
 import subprocess
 
-POD = {"metadata.namespace": "default", "metadata.uid": "none", "spec.serviceAccountName": "default",
-       "status.hostIP": "127.0.0.1"}  # what a pod can be told about itself, beside its name
+POD = {
+    "metadata.namespace": "default",
+    "metadata.uid": "none",
+    "spec.serviceAccountName": "default",
+    "status.hostIP": "127.0.0.1",
+}  # what a pod can be told about itself, beside its name
 
 
 def docker(*arguments, seconds=120):
-    return subprocess.run(["docker", *arguments], timeout=seconds, text=True, encoding="utf-8", errors="replace",
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.run(
+        ["docker", *arguments],
+        timeout=seconds,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def remove(label):
@@ -20,8 +31,14 @@ def remove(label):
 
 class Cluster:
     """What a cluster adds to each pod: variables (here the keys of S3), Kubernetes secrets, and its own images."""
+
     def __init__(self, label, variables, secrets=None, images=None):
-        self.label, self.variables, self.secrets, self.images = label, variables, secrets or {}, images or {}
+        self.label, self.variables, self.secrets, self.images = (
+            label,
+            variables,
+            secrets or {},
+            images or {},
+        )
 
     def command(self, container, name, fill=str, options=()):
         """The `docker run` of a container; `fill` puts values in the place of what is in {{}}."""
@@ -35,7 +52,18 @@ class Cluster:
                 field = each["valueFrom"]["fieldRef"]["fieldPath"]
                 variables[each["name"]] = name if field == "metadata.name" else POD[field]
         settings = [f"--env={key}={value}" for key, value in (self.variables | variables).items()]
-        program, *arguments = [fill(part) for part in [*container["command"], *(container.get("args") or [])]]
+        program, *arguments = [
+            fill(part) for part in [*container["command"], *(container.get("args") or [])]
+        ]
         image = self.images.get(container["image"], container["image"])
-        return ["run", f"--name={name}", f"--label={self.label}", *options, *settings, "--entrypoint", program, image,
-                *arguments]
+        return [
+            "run",
+            f"--name={name}",
+            f"--label={self.label}",
+            *options,
+            *settings,
+            "--entrypoint",
+            program,
+            image,
+            *arguments,
+        ]

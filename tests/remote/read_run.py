@@ -22,11 +22,15 @@ flow, run = name.split("/")
 s3 = next(each for each in DATASTORES if each.TYPE == "s3")
 store = FlowDataStore(flow, None, storage_impl=s3, ds_root=DATASTORE_SYSROOT_S3)
 for step, task in tasks.items():
-    sync_local_metadata_from_datastore(DATASTORE_LOCAL_DIR, store.get_task_datastore(run, step, task))
+    sync_local_metadata_from_datastore(
+        DATASTORE_LOCAL_DIR, store.get_task_datastore(run, step, task)
+    )
 namespace(None)
 finished: Any = Run(name)
 found = {step.id: step.task for step in finished}
-artifacts = {step: {artifact.id: artifact.data for artifact in task} for step, task in found.items()}
+artifacts = {
+    step: {artifact.id: artifact.data for artifact in task} for step, task in found.items()
+}
 cards = {step: [card.get() for card in get_cards(found[step])] for step in ("train", "evaluate")}
 logs = {step: task.stdout + task.stderr for step, task in found.items()}
 sys.stdout.buffer.write(pickle.dumps((finished.successful, artifacts, cards, logs)))

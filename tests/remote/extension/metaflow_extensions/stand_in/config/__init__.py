@@ -7,7 +7,6 @@ The Outerbounds plug-ins take three things from their own server: keys for S3, t
 import os as _os
 
 import requests as _requests
-
 from metaflow_extensions.outerbounds import plugins as _plugins
 from metaflow_extensions.outerbounds.plugins import auth_server as _auth_server
 
@@ -26,12 +25,16 @@ def _nvidia(url, *arguments, **options):
         return _get(url, *arguments, **options)
     answer = _requests.Response()
     answer.status_code = 200
-    answer._content = (b'{"nvcf": {"api_key": "none", "functions": [{"model_key": "metaflow_task_executor", "gpu": 1,'
-                       b' "gpu_type": "L40S", "id": "none"}]}}')
+    answer._content = (
+        b'{"nvcf": {"api_key": "none", "functions": [{"model_key": "metaflow_task_executor", "gpu": 1,'
+        b' "gpu_type": "L40S", "id": "none"}]}}'
+    )
     return answer
 
 
 _auth_server.get_token = _cluster
-_plugins.USE_CSPR_ROLE_ARN_IF_SET = None  # a role that only Outerbounds' own provider of keys understands
+_plugins.USE_CSPR_ROLE_ARN_IF_SET = (
+    None  # a role that only Outerbounds' own provider of keys understands
+)
 if _os.environ.get("STAND_IN_NVIDIA"):
     _requests.get = _nvidia
