@@ -1,11 +1,13 @@
 # check_serve_config.py, version 0.1.0
-"""Check a Ray Serve config strictly, and deploy it if asked to; this file belongs beside the app.
+"""Check a Ray Serve config strictly, and deploy it if you ask; keep this file beside the app.
 
-    python check_serve_config.py serve_config.yaml                                   0: in order, 1: one line a fault
-    python check_serve_config.py serve_config.yaml --deploy http://127.0.0.1:8265    then deploy, and wait for RUNNING
+    python check_serve_config.py serve_config.yaml
+    python check_serve_config.py serve_config.yaml --deploy http://127.0.0.1:8265
 
-Ray ignores keys it does not know, and finds other faults only when it deploys. A deployment that fails ends with 1 and
-the application's own message. Where Ray asks for its token (`serve run` does since 2.60), set RAY_AUTH_MODE=token.
+Exit code 0: valid. 1: one line per problem. Ray ignores keys that it does not know, and finds other
+problems only when it deploys. With --deploy, the command waits until the applications are RUNNING;
+if that fails, it ends with 1 and the application's own message. Where Ray asks for its token
+(`serve run` does since 2.60), set RAY_AUTH_MODE=token.
 """
 
 import argparse
@@ -36,7 +38,7 @@ def last_line(err: Any) -> str:
 
 
 def keys_of(annotation: Any) -> dict[str, Any]:
-    """{key: annotation} of the pydantic model in an annotation such as `list[Model] | None`; empty if there is none."""
+    """Return {key: annotation} of the pydantic model in an annotation, such as `Model | None`."""
     if hasattr(annotation, "model_fields"):
         return {name: field.annotation for name, field in annotation.model_fields.items()}
     return {name: each for arg in get_args(annotation) for name, each in keys_of(arg).items()}

@@ -160,34 +160,40 @@ class Model:
             self.model = torch.ao.quantization.quantize_dynamic(self.model, layers, torch.qint8)
 
     def read_settings(self, settings: Any) -> None:
-        """Take what is not set from the model's own files."""
+        """Take what is not set from where transformers keeps it, in the model's own files."""
         tasks = getattr(self.model.config, "task_specific_params", None) or {}
         task = HUB_TASK if HUB_TASK in tasks else next(iter(tasks), "")
-        self.prefix = tasks.get(task, {}).get("prefix", "")
+        prefix = tasks.get(task, {}).get("prefix", "")
         if settings.prefix is not None:
-            self.prefix = settings.prefix.lstrip()  # `serve run` cannot pass an empty value: " "
-        source_language = task.split("_")[1:2]  # translation_en_to_fr
-        self.language = settings.language or "".join(source_language) or "en"
-        trained_with = min(self.tokenizer.model_max_length, 512)
-        self.max_sentence_tokens = settings.max_sentence_tokens or trained_with
-        generated = self.model.generation_config.max_new_tokens
-        self.max_new_tokens = settings.max_new_tokens or generated or 256
+            prefix = settings.prefix.lstrip()  # `serve run` cannot pass an empty value: " "
+        self.prefix = prefix
+        self.language = settings.language or language_of(task)
+        self.max_sentence_tokens = settings.max_sentence_tokens
+        if self.max_sentence_tokens is None:
+            self.max_sentence_tokens = min(512, self.tokenizer.model_max_length)
+        self.max_new_tokens = settings.max_new_tokens
+        if self.max_new_tokens is None:
+            self.max_new_tokens = self.model.generation_config.max_new_tokens or 256
         self.max_request_tokens = settings.max_request_tokens
         if len(self.encode("")) > self.max_sentence_tokens // 2:
             raise ValueError("prefix: takes more than half of max_sentence_tokens")
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of prefix and text. Text is text: "</s>" in it ends nothing."""
-        return self.tokenizer(self.prefix + text, split_special_tokens=True)["input_ids"]
+        encoding = self.tokenizer(self.prefix + text, split_special_tokens=True)
+        return encoding["input_ids"]
 
     def plan(self, request: ModelRequest) -> list[Sentence]:
         """Return the inputs of the model for a request; they may be of any type. May Refuse."""
-        texts = [request.text] if isinstance(request.text, str) else request.text
+        texts = texts_of(request)
         tokens = sum(len(self.encode(text)) for text in texts)
-        if tokens > self.max_request_tokens:
-            limit = self.max_request_tokens
+        limit = self.max_request_tokens
+        if tokens > limit:
             raise Refuse(413, f"The request has {tokens} tokens; the limit is {limit}.")
-        return [sentence for i, text in enumerate(texts) for sentence in self.sentences(i, text)]
+        inputs: list[Sentence] = []
+        for number, text in enumerate(texts):
+            inputs += self.sentences(number, text)
+        return inputs
 
     def sentences(self, number: int, text: str) -> list[Sentence]:
         """Return the sentences of a text, and between them all that is not translated."""
@@ -214,12 +220,16 @@ class Model:
 
     def split_to_fit(self, sentence: str) -> list[str]:
         """Return parts of at most max_sentence_tokens, cut at spaces if there are any."""
-        if len(sentence) < 2 or len(self.encode(sentence)) <= self.max_sentence_tokens:
+        tokens = len(self.encode(sentence))
+        if tokens <= self.max_sentence_tokens or len(sentence) < 2:
             return [sentence]
         middle = len(sentence) // 2
-        last_space = sentence.rfind(" ", 0, middle)
-        cut = last_space + 1 if last_space > 0 else middle
-        return self.split_to_fit(sentence[:cut]) + self.split_to_fit(sentence[cut:])
+        cut = sentence.rfind(" ", 0, middle) + 1  # behind the last space of the first half
+        if cut <= 1:
+            cut = middle
+        first = self.split_to_fit(sentence[:cut])
+        second = self.split_to_fit(sentence[cut:])
+        return first + second
 
     def size(self, sentence: Sentence) -> int:
         """Return how large an input is: inputs of like size share a batch."""
@@ -227,38 +237,63 @@ class Model:
 
     def __call__(self, sentences: list[Sentence]) -> list[tuple[str, bool]]:
         """Return one output for each input: here its translation, and whether that was cut."""
-        batch = self.tokenizer.pad(
-            {"input_ids": [sentence.tokens for sentence in sentences]}, return_tensors="pt"
-        )
+        token_lists = [sentence.tokens for sentence in sentences]
+        batch = self.tokenizer.pad({"input_ids": token_lists}, return_tensors="pt")
         with torch.inference_mode():
             tokens = self.model.generate(
-                **batch, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1
+                **batch,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                num_beams=1,
             )
-        texts = self.tokenizer.batch_decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        translations = self.tokenizer.batch_decode(
+            tokens,
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
         )
-        cut = (tokens[:, 1:] != self.tokenizer.eos_token_id).all(dim=1)  # the first one is a start
-        return list(zip(texts, cut.tolist(), strict=True))
+        generated = tokens[:, 1:]  # behind the start token, which may be the same as the end
+        was_cut = (generated != self.tokenizer.eos_token_id).all(dim=1)
+        return list(zip(translations, was_cut.tolist()))
 
     def answer(
-        self, request: ModelRequest, inputs: list[Sentence], outputs: list[tuple[str, bool]]
+        self,
+        request: ModelRequest,
+        inputs: list[Sentence],
+        outputs: list[tuple[str, bool]],
     ) -> ModelResponse:
         """Return the answer to a request, given its inputs and what the model made of them."""
-        several = isinstance(request.text, list)
-        texts = [""] * (len(request.text) if several else 1)
-        for sentence, (translation, _) in zip(inputs, outputs, strict=True):
+        texts = [""] * len(texts_of(request))
+        cut_sentences = 0
+        for sentence, (translation, was_cut) in zip(inputs, outputs):
             texts[sentence.text] += sentence.before + translation + sentence.after
-        cut = sum(was_cut for _, was_cut in outputs)
-        return ModelResponse(translation=texts if several else texts[0], cut_sentences=cut)
+            cut_sentences += was_cut
+        if isinstance(request.text, str):
+            return ModelResponse(translation=texts[0], cut_sentences=cut_sentences)
+        return ModelResponse(translation=texts, cut_sentences=cut_sentences)
 
     def same(self, answer: ModelResponse, known: ModelResponse) -> bool:
         """Return True if an answer is the known one; numbers may differ in the last digits."""
         return answer == known
 
 
+def texts_of(request: ModelRequest) -> list[str]:
+    """Return the texts of a request, also if it has only one."""
+    return [request.text] if isinstance(request.text, str) else request.text
+
+
+def language_of(task: str) -> str:
+    """Return the source language: "en" for "translation_en_to_fr", and if there is none."""
+    words = task.split("_")
+    return words[1] if len(words) > 1 else "en"
+
+
 def is_blank(text: str) -> bool:
     """Return True for white space, control, zero-width and combining characters only."""
-    return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf", "Mn") for c in text)
+    for character in text:
+        unseen = unicodedata.category(character) in ("Cc", "Cf", "Mn")
+        if not (unseen or character.isspace()):
+            return False
+    return True
 
 
 # YOUR CODE: end
@@ -284,14 +319,17 @@ BODY = {"schema": ModelRequest.model_json_schema(), "example": EXAMPLE}
 
 
 def describe(error: ValidationError, fields: Any = None) -> str:
-    """Return the problems in one line; names that are not among the fields are left out."""
-    problems = []
-    for problem in error.errors(include_url=False, include_context=False, include_input=False):
-        name = ".".join(map(str, problem["loc"]))
+    """Return the problems in one line; of names that a client sent, only those of fields."""
+    problems: list[str] = []
+    for problem in error.errors(include_input=False):
+        path = problem["loc"]
+        name = ".".join(map(str, path))
         if fields is not None:
-            name = next((field for field in problem["loc"][:1] if field in fields), "")
-        problems.append(f"{name}: {problem['msg']}".lstrip(": "))
-    return "; ".join(dict.fromkeys(problems))
+            name = str(path[0]) if path and path[0] in fields else ""
+        line = f"{name}: {problem['msg']}" if name else problem["msg"]
+        if line not in problems:
+            problems.append(line)
+    return "; ".join(problems)
 
 
 def load_model(settings: Settings, threads: int) -> Model:
@@ -314,15 +352,17 @@ def check_answers(model: Model, folder: Path) -> None:
     """Raise ValueError, in one line, unless the model gives each answer that came with it."""
     known = read_known_answers(folder) if folder.name else []
     for case in known or [{"request": EXAMPLE}]:
-        request = ModelRequest.model_validate_json(json.dumps(case["request"]))
+        body = json.dumps(case["request"])
+        request = ModelRequest.model_validate_json(body)
         inputs = model.plan(request)
         outputs = model(inputs) if inputs else []
         answer = model.answer(request, inputs, outputs)
-        right = answer
-        if "answer" in case:
-            right = ModelResponse.model_validate_json(json.dumps(case["answer"]))
+        if "answer" not in case:
+            continue
+        body = json.dumps(case["answer"])
+        right = ModelResponse.model_validate_json(body)
         if not model.same(answer, right):
-            asked, got, not_got = [as_json(value) for value in (request, answer, right)]
+            asked, got, not_got = map(as_json, (request, answer, right))
             raise ValueError(f"the model answers {asked} with {got}, not {not_got}")
 
 
@@ -356,36 +396,48 @@ class Batcher:
             self.worker = asyncio.create_task(self.work())
         return output
 
-    def count_waiting(self) -> int:
-        """Return how many inputs wait, after dropping those whose client has left."""
-        self.waiting = {output: item for output, item in self.waiting.items() if not output.done()}
+    def drop_cancelled(self) -> int:
+        """Drop the inputs whose clients have left; return how many still wait."""
+        for output in list(self.waiting):
+            if output.done():
+                del self.waiting[output]
         return len(self.waiting)
 
     async def work(self) -> None:
         """Run batches until no input waits."""
         loop = asyncio.get_running_loop()
-        while self.count_waiting():
+        while self.drop_cancelled():
             batch = self.next_batch()
+            items = list(batch.values())
             begin = loop.time()
-            results = await loop.run_in_executor(self.thread, self.run, list(batch.values()))
-            for output, result in zip(batch, results, strict=True):
+            results = await loop.run_in_executor(self.thread, self.run, items)
+            for output, result in zip(batch, results):
                 if not output.done():
                     output.set_result(result)
             self.batch_size.observe(len(batch))
-            self.input_size.inc(sum(self.model.size(item) for item in batch.values()))
-            await self.wait_for_returning_clients(len(batch), loop.time() - begin)
+            self.input_size.inc(sum(map(self.model.size, items)))
+            seconds = loop.time() - begin
+            await self.wait_for_returning_clients(len(batch), seconds)
 
     def next_batch(self) -> dict[asyncio.Future, Any]:
         """Take the input that has waited longest and those nearest in size: little is padded."""
-        sizes = {output: self.model.size(item) for output, item in self.waiting.items()}
-        first = next(iter(sizes.values()))
-        nearest = sorted(sizes, key=lambda output: abs(sizes[output] - first))
-        return {output: self.waiting.pop(output) for output in nearest[: self.max_batch_size]}
+        longest_waiting = next(iter(self.waiting.values()))
+        size = self.model.size(longest_waiting)
+
+        def difference(output: asyncio.Future) -> int:
+            return abs(self.model.size(self.waiting[output]) - size)
+
+        nearest = sorted(self.waiting, key=difference)
+        chosen = nearest[: self.max_batch_size]
+        return {output: self.waiting.pop(output) for output in chosen}
 
     def run(self, batch: list[Any]) -> list[Any]:
         """Return an output or an exception for each input; after a failure, try one by one."""
         try:
-            return self.model(batch)
+            outputs = self.model(batch)
+            if len(outputs) != len(batch):
+                raise ValueError(f"{len(outputs)} outputs for {len(batch)} inputs")
+            return list(outputs)
         except Exception as error:
             if len(batch) == 1:
                 return [error]
@@ -397,11 +449,14 @@ class Batcher:
         One full batch then replaces two half-full ones.
         """
         loop = asyncio.get_running_loop()
-        now = loop.time()
-        longest = now + batch_seconds / 2
-        patience = now + 0.1
-        expected = min(batch_size + self.count_waiting(), self.max_batch_size)
-        while 1 < expected > self.count_waiting() and loop.time() < min(patience, longest):
+        begin = loop.time()
+        patience = begin + 0.1
+        expected = min(batch_size + self.drop_cancelled(), self.max_batch_size)
+        if expected == 1:
+            return
+        while self.drop_cancelled() < expected:
+            if loop.time() > min(patience, begin + batch_seconds / 2):
+                return
             await asyncio.sleep(0.002)
             patience = max(patience, self.newest + 0.05)
 
@@ -523,8 +578,9 @@ class ModelServer:
 
     @api.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page(self) -> str:
-        example = html.escape(json.dumps(EXAMPLE, ensure_ascii=False, indent=1))
-        return PAGE.replace("TITLE", api.title).replace("EXAMPLE", example)
+        example = json.dumps(EXAMPLE, ensure_ascii=False, indent=1)
+        page = PAGE.replace("TITLE", api.title)
+        return page.replace("EXAMPLE", html.escape(example))
 
     @api.get("/health")
     async def health(self) -> dict[str, str]:
@@ -551,7 +607,7 @@ class ModelServer:
             )  # others are answered meanwhile
         except Refuse as refusal:
             raise HTTPException(refusal.status, str(refusal)) from None
-        if inputs and self.batcher.count_waiting() >= settings.max_queue:
+        if inputs and self.batcher.drop_cancelled() >= settings.max_queue:
             message = "Too many requests are waiting; try again soon."
             raise HTTPException(503, message, {"Retry-After": "1"})
         results = asyncio.gather(*[self.batcher.submit(item) for item in inputs])
