@@ -6,7 +6,7 @@ SHELL := bash
 .PHONY: help setup demo test bench faults lint update newest clean
 
 PYTHON ?= python3
-# Where the CPU build of torch comes from on Linux, an index or a folder of wheels; empty: take the CUDA build.
+# Where the CPU build of torch comes from on Linux, an index or a folder of wheels; empty: the CUDA build.
 TORCH_CPU ?= https://download.pytorch.org/whl/cpu
 PINS := templates/requirements.outerbounds.txt templates/requirements-rayserve.txt
 REQUIREMENTS := $(PINS) requirements-dev.txt
@@ -16,7 +16,7 @@ PEERS := $(patsubst bench/requirements-%.txt,bench/.venv-%/ready,$(wildcard benc
 help: ## list these targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
 
-setup: .venv/ready ## make .venv with what the templates and their tests need
+setup: .venv/ready ## install the packages of the templates and their tests into .venv
 
 # $(call install,folder,requirements files): a virtual environment, with the CPU build of torch where it can be had
 define install
@@ -31,7 +31,7 @@ torch=$$(grep -h '^torch==' $2 $(PINS) | head -n 1)
 if [ "$$(uname -s)" = Linux ] && [ -n "$(TORCH_CPU)" ]; then
   case "$(TORCH_CPU)" in http*) from="--extra-index-url $(TORCH_CPU)" ;; *) from="--find-links $(TORCH_CPU)" ;; esac
   $1/bin/pip install -q --retries 0 --timeout 5 --no-deps $$from "$$torch+cpu" > $$log 2>&1 ||
-    echo "no CPU build of torch at $(TORCH_CPU): taking the default one, which is large"
+    echo "no CPU build of torch at $(TORCH_CPU): installing the default build, which is large"
 fi
 $1/bin/pip install -q --retries 2 $(2:%=-r %) > $$log 2>&1 || failed "cannot install; is there a network?"
 rm $$log
@@ -44,7 +44,7 @@ endef
 bench/.venv-%/ready: bench/requirements-%.txt
 	$(call install,$(@D),$<)
 
-demo: setup ## train, export, serve and ask the translator, in a temporary folder; about a minute
+demo: setup ## train, export, serve and query the translator, in a temporary folder; about a minute
 	@$(BIN)/python -c 'import socket; socket.create_server(("127.0.0.1", 8000))' 2>/dev/null || {
 	  echo "make demo: port 8000 is in use; stop what listens there (another demo? .venv/bin/ray stop)"; exit 1; }
 	folder=$$(mktemp -d /tmp/demo.XXXXXX) # short: Ray puts sockets there, whose paths are limited
@@ -54,7 +54,7 @@ demo: setup ## train, export, serve and ask the translator, in a temporary folde
 	cp templates/*.* "$$folder"
 	cd "$$folder"
 	export PATH="$(BIN):$$PATH" METAFLOW_HOME="$$folder" METAFLOW_USER="$${USER:-demo}" RAY_ADDRESS=local RAY_TMPDIR="$$folder"
-	export OMP_NUM_THREADS=1 # as fast for so small a model, and not slowed down by what else runs
+	export OMP_NUM_THREADS=1 # as fast for a model this small, and not slowed down by other programs
 	unset METAFLOW_PROFILE METAFLOW_DEFAULT_DATASTORE __REMOTE_CONFIG_HAS_BEEN_RESOLVED__
 	echo '$$ python template_flow.py run --offline True'
 	python template_flow.py run --offline True
@@ -81,23 +81,23 @@ demo: setup ## train, export, serve and ask the translator, in a temporary folde
 test: setup ## run every test
 	@$(BIN)/python -m pytest
 
-bench: setup $(PEERS) ## measure the server against its peers, an hour; make bench BENCH="--rounds 1 --seconds 5"
+bench: setup $(PEERS) ## compare the server with its peers, an hour; make bench BENCH="--rounds 1 --seconds 5"
 	@$(BIN)/python bench/bench.py $(BENCH)
 	$(BIN)/python bench/scale.py
 
-faults: setup ## break things under load, count what is lost, three hours; make faults FAULTS="--times 3 --seconds 60"
+faults: setup ## break things under load and count what is lost, three hours; make faults FAULTS="--times 3 --seconds 60"
 	@$(BIN)/python tests/faults.py $(FAULTS)
 
-lint: setup ## ruff and mypy
+lint: setup ## check format, style and types
 	@$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# $(newest): the newest versions that fit together, none older than a pin, and all that comes along
+# $(newest): the latest versions that fit together, none older than a pin, with all dependencies
 newest = sed -E '/^\#/d; s/==/>=/' $(PINS) | $(BIN)/uv pip compile --quiet --no-header --no-annotate \
   --no-strip-extras --python-version 3.11 --python-platform linux --constraint requirements-dev.txt -
 
-update: setup ## write the newest versions that fit together into the templates; then say make test
+update: setup ## write the latest versions that fit together into the templates; then run make test
 	@$(newest) | while read -r pin; do
 	  sed -i -E "s/^$$(sed -E 's/==.*//; s/[][]/\\&/g' <<< "$$pin")==.*/$$pin/" $(PINS)
 	done
@@ -106,11 +106,11 @@ update: setup ## write the newest versions that fit together into the templates;
 	sed -i -E "s/(tested with Ray )[0-9.]+[0-9]/\1$$ray/" templates/serve_config.yaml
 	git diff --stat -- templates
 
-newest: setup ## run the templates' own tests with the newest versions, changing no file
+newest: setup ## run the templates' own tests with the latest versions, changing no file
 	@mkdir -p .venv-newest
 	$(newest) > newest.txt
 	$(call install,.venv-newest,newest.txt requirements-dev.txt)
 	.venv-newest/bin/python -m pytest templates
 
-clean: ## remove what the other targets made
+clean: ## remove what the other targets created
 	@rm -rf .venv .venv-newest newest.txt bench/.venv-* bench/results.* model templates/model .metaflow wandb .*_cache templates/__pycache__ tests/__pycache__

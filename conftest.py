@@ -4,13 +4,9 @@ import os
 
 import pytest
 
-LONG = (
-    "test_real_pairs.py",
-    "ray",
-    "test_places.py",
-    "docker",
-    "test_tracking.py",
-)  # groups that take minutes
+# Groups that take minutes, the longest first.
+LONG = ("test_real_pairs.py", "ray", "test_environments.py", "docker", "test_tracking.py")
+RAY = ("test_template_ray_serve.py", "test_serve_mechanics.py")
 
 
 def rank(item):
@@ -24,9 +20,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if not item.get_closest_marker("xdist_group"):
             name = item.path.name
-            item.add_marker(
-                pytest.mark.xdist_group("ray" if name == "test_template_ray_serve.py" else name)
-            )
+            item.add_marker(pytest.mark.xdist_group("ray" if name in RAY else name))
     items.sort(key=rank)
 
 
@@ -37,7 +31,7 @@ def pytest_configure():
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Where NO_SKIP is set, a skipped test has failed, but for those that need a file which is not ours to copy."""
+    """With NO_SKIP, a skipped test fails, except those that need a file we may not copy."""
     report = yield
     if report.skipped and os.environ.get("NO_SKIP") and not item.get_closest_marker("needs_file"):
         report.outcome = "failed"

@@ -14,6 +14,7 @@ import argparse
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,154 +28,189 @@ from ray.serve._private.build_app import build_app
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
+NO_OWN_CODE = {"working_dir", "py_modules"}  # keys of runtime_env: the code is somewhere else
+MAX_NAME = 40  # characters: Kubernetes allows 63, and KubeRay adds to the name
+Problems = Iterator[tuple[str, str]]  # path in the config, and what is wrong there
 
-def last_line(err: Any) -> str:
-    """What went wrong, without the traceback before it."""
-    lines = [line.strip() for line in str(err).splitlines() if line.strip()] or [repr(err)]
-    return next(
-        (line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b.*: ", line)),
-        lines[-1],
-    )
+
+def under(path: str, problems: Problems) -> Problems:
+    """Put a path before those of the problems."""
+    for inner_path, problem in problems:
+        yield f"{path}.{inner_path}", problem
+
+
+def last_line(error: Any) -> str:
+    """Return what went wrong without the traceback before it, such as "ValueError: no model"."""
+    text = str(error).strip() or repr(error)
+    lines = [line.strip() for line in text.splitlines()]
+    for line in reversed(lines):
+        if re.match(r"[\w.]*(Error|Exception)\b.*: ", line):
+            return line
+    return lines[-1]
 
 
 def keys_of(annotation: Any) -> dict[str, Any]:
     """Return {key: annotation} of the pydantic model in an annotation, such as `Model | None`."""
     if hasattr(annotation, "model_fields"):
         return {name: field.annotation for name, field in annotation.model_fields.items()}
-    return {name: each for arg in get_args(annotation) for name, each in keys_of(arg).items()}
+    keys: dict[str, Any] = {}
+    for argument in get_args(annotation):
+        keys.update(keys_of(argument))
+    return keys
 
 
-# Ray's schema takes these two as any mapping, and looks into them later.
+# Ray's schema accepts any mapping for these two, and reads them later.
 MAPPINGS = {
     "autoscaling_config": keys_of(AutoscalingConfig),
     "runtime_env": dict.fromkeys(RuntimeEnv.known_fields),
 }
 
 
-def walk(value: Any, keys: dict[str, Any], path: str, faults: dict[str, str]) -> None:
-    """Note unknown keys, blank values and unquoted environment variables."""
-    for i, each in enumerate(value if isinstance(value, list) else []):
-        walk(each, keys, f"{path}.{i}", faults)
-    for key, inner in value.items() if isinstance(value, dict) and keys else ():
-        here = f"{path}.{key}".lstrip(".")
-        if key not in keys:
-            faults[here] = "Ray does not know this key"
-        elif inner is None and type(None) not in get_args(keys[key]):
-            faults[here] = "is blank; give it a value or take the line out"
-        elif key == "env_vars" and isinstance(inner, dict):
-            faults.update(
-                {
-                    f"{here}.{n}": "is no text; quote it"
-                    for n, v in inner.items()
-                    if not isinstance(v, str)
-                }
-            )
-        else:
-            walk(inner, MAPPINGS.get(key) or keys_of(keys[key]), here, faults)
-
-
-def check_code(application: dict, path: str, faults: dict[str, str]) -> None:
-    """Import the application, and compare it with its part of the config."""
-    try:
-        key = "import_path"
-        target = import_attr(application[key])
-        key = "args"
-        app = call_builder(target, application.get(key, {}))
-        known = {each.name: each for each in build_app(app, name="check").deployments}
-    except Exception as err:
-        faults[f"{path}.{key}"] = last_line(err)
+def check_keys(value: Any, keys: dict[str, Any]) -> Problems:
+    """Find unknown keys, blank values and unquoted environment variables."""
+    if isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from under(str(number), check_keys(item, keys))
+    if not isinstance(value, dict) or not keys:
         return
-    for i, deployment in enumerate(application.get("deployments", [])):
-        here, found = f"{path}.deployments.{i}", known.get(deployment["name"])
-        if found is None:
-            faults[f"{here}.name"] = (
-                f"no {deployment['name']} in {application['import_path']}, but {', '.join(known)}"
-            )
-            continue
-        user_config = deployment.get("user_config") or {}
-        if user_config and not hasattr(found.func_or_class, "reconfigure"):
-            faults[f"{here}.user_config"] = (
-                f"{found.name} takes none; put its settings in `args` of the application"
-            )
-        ongoing = deployment.get("max_ongoing_requests", found.max_ongoing_requests)
-        batch = max(
-            [
-                user_config.get("max_batch_size", 0),
-                *(getattr(a, "max_batch_size", 0) for a in found.init_args),
-            ]
-        )
-        if batch > ongoing:
-            faults[f"{here}.max_ongoing_requests"] = (
-                f"{ongoing} at a time never fill a batch of max_batch_size {batch}"
-            )
-        if (deployment.get("autoscaling_config") or {}).get("target_ongoing_requests", 0) > ongoing:
-            faults[f"{here}.autoscaling_config"] = (
-                f"target_ongoing_requests is above max_ongoing_requests {ongoing}"
-            )
+    for key, inner in value.items():
+        if key not in keys:
+            yield key, "Ray does not know this key"
+        elif inner is None and type(None) not in get_args(keys[key]):
+            yield key, "is blank; give it a value or remove the line"
+        elif key == "env_vars":
+            yield from under(key, check_variables(inner))
+        else:
+            inner_keys = MAPPINGS.get(key) or keys_of(keys[key])
+            yield from under(key, check_keys(inner, inner_keys))
+
+
+def check_variables(variables: Any) -> Problems:
+    """Find environment variables that YAML reads as a number, a truth value or nothing."""
+    if not isinstance(variables, dict):
+        return
+    for name, value in variables.items():
+        if not isinstance(value, str):
+            yield name, "is not text; quote it"
+
+
+def check_application(application: dict, timeout: float) -> Problems:
+    """Check one application of the config, and its code if that is here."""
+    route = application.get("route_prefix") or "/"
+    if not route.startswith("/"):
+        yield "route_prefix", "has to start with /"
+    if route != "/" and route.endswith("/"):
+        yield "route_prefix", "must not end with /"
+    if len(application.get("name", "")) > MAX_NAME:
+        yield "name", f"is longer than {MAX_NAME} characters, too long for Kubernetes"
+    for number, deployment in enumerate(application.get("deployments", [])):
+        yield from under(f"deployments.{number}", check_timeouts(deployment, timeout))
+    if not NO_OWN_CODE & application.get("runtime_env", {}).keys():
+        yield from check_code(application)
+
+
+def check_timeouts(deployment: dict, timeout: float) -> Problems:
+    """Check what does not depend on the code."""
+    autoscaling = deployment.get("autoscaling_config") or {}
+    try:
+        AutoscalingConfig.model_validate(autoscaling)
+    except ValidationError as error:
+        yield "autoscaling_config", error.errors()[0]["msg"]
+    if deployment.get("graceful_shutdown_timeout_s", timeout) < timeout:
+        yield "graceful_shutdown_timeout_s", "is less than request_timeout_s"
+
+
+def check_code(application: dict) -> Problems:
+    """Import the application, and compare its deployments with those of the config."""
+    path = application["import_path"]
+    key = "import_path"
+    try:
+        target = import_attr(path)
+        key = "args"
+        app = call_builder(target, application.get("args", {}))
+        built = build_app(app, name="check").deployments
+    except Exception as error:
+        yield key, last_line(error)
+        return
+    known = {deployment.name: deployment for deployment in built}
+    for number, deployment in enumerate(application.get("deployments", [])):
+        name = deployment["name"]
+        if name not in known:
+            names = ", ".join(known)
+            yield f"deployments.{number}.name", f"{path} has only: {names}"
+        else:
+            problems = check_deployment(deployment, known[name])
+            yield from under(f"deployments.{number}", problems)
+
+
+def check_deployment(deployment: dict, built: Any) -> Problems:
+    """Compare the settings of a deployment with each other and with its class."""
+    user_config = deployment.get("user_config") or {}
+    if user_config and not hasattr(built.func_or_class, "reconfigure"):
+        yield "user_config", f"{built.name} has none; use `args` of the application"
+    ongoing = deployment.get("max_ongoing_requests", built.max_ongoing_requests)
+    batch_size = user_config.get("max_batch_size", 0)
+    for argument in built.init_args:
+        batch_size = max(batch_size, getattr(argument, "max_batch_size", 0))
+    if batch_size > ongoing:
+        problem = f"{ongoing} at a time never fill a batch of max_batch_size {batch_size}"
+        yield "max_ongoing_requests", problem
+    autoscaling = deployment.get("autoscaling_config") or {}
+    if autoscaling.get("target_ongoing_requests", 0) > ongoing:
+        problem = f"target_ongoing_requests is above max_ongoing_requests {ongoing}"
+        yield "autoscaling_config", problem
 
 
 def check(config: Any) -> list[str]:
-    """The faults of a config as YAML gives it, each as "path: what is wrong"."""
-    faults: dict[str, str] = {}
-    walk(config, keys_of(ServeDeploySchema), "", faults)
-    http = (config.get("http_options") if isinstance(config, dict) else None) or {}
-    if "host" not in http:
-        faults["http_options.host"] = (
-            "is missing, and Ray listens everywhere; write 127.0.0.1, or 0.0.0.0 on purpose"
-        )
+    """Return the problems of a config as YAML gives it, one line each: "path: what is wrong"."""
+    problems = dict(check_keys(config, keys_of(ServeDeploySchema)))
+    options = config.get("http_options") if isinstance(config, dict) else None
+    http_options = options or {}
+    if "host" not in http_options:
+        problems["http_options.host"] = "is missing: write 127.0.0.1, or 0.0.0.0 for everybody"
     try:
         ServeDeploySchema.model_validate(config)
-    except ValidationError as err:
-        found = {".".join(map(str, each["loc"])): each["msg"] for each in err.errors()}
-        return [f"{path}: {fault}".lstrip(": ") for path, fault in {**found, **faults}.items()]
-    for i, application in enumerate(config["applications"]):
-        path, route = f"applications.{i}", application.get("route_prefix") or "/"
-        if not re.fullmatch("/|/.*[^/]", route):
-            faults[f"{path}.route_prefix"] = "has to start with / and must not end with it"
-        if len(application.get("name", "")) > 40:
-            faults[f"{path}.name"] = (
-                "has more than 40 characters, too many for the names Kubernetes makes of it"
-            )
-        for j, deployment in enumerate(application.get("deployments", [])):
-            try:
-                AutoscalingConfig.model_validate(deployment.get("autoscaling_config") or {})
-            except ValidationError as err:
-                faults[f"{path}.deployments.{j}.autoscaling_config"] = err.errors()[0]["msg"]
-            if deployment.get("graceful_shutdown_timeout_s", 1e9) < (
-                http.get("request_timeout_s") or 0
-            ):
-                faults[f"{path}.deployments.{j}.graceful_shutdown_timeout_s"] = (
-                    "is less than request_timeout_s"
-                )
-        if (
-            not {"working_dir", "py_modules"} & application.get("runtime_env", {}).keys()
-        ):  # else the code is elsewhere
-            check_code(application, path, faults)
-    return [f"{path}: {fault}" for path, fault in faults.items()]
+        timeout = http_options.get("request_timeout_s") or 0
+        for number, application in enumerate(config["applications"]):
+            found = check_application(application, timeout)
+            problems.update(under(f"applications.{number}", found))
+    except ValidationError as error:
+        for invalid in error.errors():
+            path = ".".join(map(str, invalid["loc"]))
+            problems.setdefault(path, invalid["msg"])
+    return [f"{path}: {problem}".lstrip(": ") for path, problem in problems.items()]
 
 
 def deploy(config: dict, address: str, timeout: float) -> list[str]:
     """Deploy, and wait until every application is RUNNING; return what went wrong, if anything."""
-    client, end, state = ServeSubmissionClient(address), time.monotonic() + timeout, ""
+    client = ServeSubmissionClient(address)
     client.deploy_applications(config)
+    names = [application["name"] for application in config["applications"]]
+    state = ""
+    end = time.monotonic() + timeout
     while time.monotonic() < end:
         time.sleep(0.5)
-        running = client.get_serve_details()["applications"]
-        apps = [running.get(each["name"], {}) for each in config["applications"]]
-        if all(app.get("status") == "RUNNING" for app in apps):
+        details = client.get_serve_details()["applications"]
+        applications = [details.get(name, {}) for name in names]
+        statuses = {application.get("status") for application in applications}
+        if statuses == {"RUNNING"}:
             return []
-        told = [
-            each
-            for app in apps
-            for each in (*app.get("deployments", {}).values(), app)
-            if each.get("message")
-        ]
-        state = "; ".join(
-            f"{each['name']} {each['status']}: {last_line(each['message'])}" for each in told
-        )
-        if any(app.get("status") in ("DEPLOY_FAILED", "UNHEALTHY") for app in apps):
+        state = messages(applications)
+        if statuses & {"DEPLOY_FAILED", "UNHEALTHY"}:
             return [state]
     return [f"not running after {timeout:g} s. {state}"]
+
+
+def messages(applications: list[dict]) -> str:
+    """Return what the deployments and the applications report, in one line."""
+    reports = []
+    for application in applications:
+        deployments = application.get("deployments", {})
+        for part in [*deployments.values(), application]:
+            if part.get("message"):
+                reason = last_line(part["message"])
+                reports.append(f"{part['name']} {part['status']}: {reason}")
+    return "; ".join(reports)
 
 
 def main() -> None:
@@ -183,21 +219,21 @@ def main() -> None:
     )
     parser.add_argument("file", type=Path)
     parser.add_argument(
-        "--deploy", metavar="ADDRESS", help="of Ray's dashboard, such as http://127.0.0.1:8265"
+        "--deploy", metavar="ADDRESS", help="Ray's dashboard: http://127.0.0.1:8265"
     )
-    parser.add_argument(
-        "--timeout", type=float, default=120, help="seconds to wait for RUNNING, default 120"
-    )
+    parser.add_argument("--timeout", type=float, default=120, help="seconds to wait, default 120")
     arguments = parser.parse_args()
     try:
-        faults = check(config := yaml.safe_load(arguments.file.read_text("utf-8")))
-        if not faults and arguments.deploy:
-            faults = deploy(config, arguments.deploy, arguments.timeout)
-    except Exception as err:
-        faults = [" ".join(str(err).split())]
-    if faults:
-        sys.exit("\n".join(f"{arguments.file}: {fault}" for fault in faults))
-    print(f"{arguments.file}: in order" + (", and running" if arguments.deploy else ""))
+        config = yaml.safe_load(arguments.file.read_text("utf-8"))
+        problems = check(config)
+        if arguments.deploy and not problems:
+            problems = deploy(config, arguments.deploy, arguments.timeout)
+    except Exception as error:
+        problems = [" ".join(str(error).split())]
+    lines = [f"{arguments.file}: {problem}" for problem in problems]
+    if lines:
+        sys.exit("\n".join(lines))
+    print(f"{arguments.file}: valid" + (", and running" if arguments.deploy else ""))
 
 
 if __name__ == "__main__":

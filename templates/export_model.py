@@ -57,7 +57,7 @@ def find_run(run_id, namespace):
 def artifact(task, name):
     """Return an artifact of a task."""
     if name not in task.data:
-        fail(f"{task.pathspec} has no artifact `{name}`: does the step still set it?")
+        fail(f"{task.pathspec} has no artifact `{name}`; a step of {FLOW} has to set it")
     return getattr(task.data, name)
 
 
@@ -73,23 +73,24 @@ def readme(run, task):
     """Return the text that tells where the model comes from."""
     tags = dict(tag.partition(":")[::2] for tag in run.system_tags)  # "python_version:3.11.7"
     config = json.loads(artifact(task, "model").get("config.json", b"{}"))
-    facts = {
-        "finished": f"{run.finished_at:%Y-%m-%d %H:%M:%S}",
-        "examples": artifact(task, "examples_used"),
-        **{name: f"{score:#.4g}" for name, score in artifact(task, "scores").items()},
-        **{name: repr(value) for name, value in parameters(run).items()},
-        "metaflow_version": tags.get("metaflow_version"),
-        "python_version": tags.get("python_version"),
-        "transformers_version": config.get("transformers_version"),
-    }
-    lines = [f"- {name}: {value}" for name, value in facts.items() if value is not None]
+    facts = {"finished": run.finished_at.isoformat(" ", "seconds")}
+    facts["examples"] = artifact(task, "examples_used")
+    for name, score in artifact(task, "scores").items():
+        facts[name] = f"{score:#.4g}"
+    for name, value in parameters(run).items():
+        facts[name] = repr(value)
+    for name in ("metaflow_version", "python_version"):
+        facts[name] = tags.get(name)
+    if "transformers_version" in config:
+        facts["transformers_version"] = config["transformers_version"]
+    lines = [f"- {name}: {value}" for name, value in facts.items()]
     end = "The server gives each answer in `known_answers.json` again before it serves."
     return "\n".join([f"# Model of run {run.pathspec}", "", *lines, "", end, ""])
 
 
 def write_model(run, folder):
     """Write the files of the model, its known answers and its README into an empty folder."""
-    task = run["evaluate"].task
+    task = run.end_task  # it has the artifacts of the steps before
     for name, content in artifact(task, "model").items():
         (folder / name).write_bytes(content)
     answers = [

@@ -18,6 +18,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import metaflow
 from metaflow import (
@@ -66,6 +67,8 @@ class Settings:
     data = Parameter("data", default="", help="TSV file, header source<TAB>target; none: demo data")
     base_model = Parameter("base-model", default="", help="to fine-tune: google-t5/t5-small")
     epochs = Parameter("epochs", type=int, default=14, help="passes over the training examples")
+    learning_rate = Parameter("learning-rate", type=float, default=5e-3, help="of a new model")
+    tuning_rate = Parameter("tuning-rate", type=float, default=3e-4, help="of --base-model")
     seconds = Parameter("seconds", type=float, default=0.0, help="longest training; 0: no limit")
     seed = Parameter("seed", type=int, default=0, help="same seed and same data: same model")
 
@@ -106,7 +109,7 @@ class TemplateFlow(FlowSpec, Settings):
         if not self.offline and DEFAULT_DATASTORE == "local":
             require_wandb()  # on a cluster, only the steps that are tracked have the key
         with user_errors_in_one_line():
-            self.examples = read(settings=self)
+            self.examples = read(settings_of(self))
         self.next(self.prepare)
 
     # Larger data: raise memory and disk, both in MB.
@@ -132,14 +135,15 @@ class TemplateFlow(FlowSpec, Settings):
     @step
     def train(self):
         """Make the model, fit it, and keep its files; @retry and `resume` use its checkpoints."""
+        settings = settings_of(self)
         with user_errors_in_one_line():
-            model = new_model(self.training, settings=self)
+            model = new_model(self.training, settings)
         restore_checkpoint()
         with wandb_run(self) as run:
             self.losses = fit(
                 model,
                 self.training,
-                settings=self,
+                settings,
                 folder=current.checkpoint.directory,
                 save_checkpoint=current.checkpoint.save,
                 log=run.log,
@@ -186,14 +190,12 @@ class TemplateFlow(FlowSpec, Settings):
 #
 # Replace what these functions do and keep their names. Nothing between `begin` and `end` needs
 # Metaflow: test it alone, or move it to a module and write `from my_work import *` here.
-# `settings` is any object with the parameters of section 1, such as `settings.epochs`.
+# `settings` has the parameters of section 1 as attributes: `settings.epochs`.
 
 TASK = "translation_en_to_fr"  # task and languages, as transformers names them
 PREFIX = "translate English to French: "  # how a T5 is told its task
 MAX_TOKENS = 128  # of a source, and of a target; longer ones are cut in training
 BATCH_SIZE = 64
-LEARNING_RATE = 5e-3  # of a new model
-FINE_TUNING_LEARNING_RATE = 3e-4  # of --base-model
 
 
 class UserError(Exception):
@@ -325,7 +327,7 @@ def fit(model, examples, settings, folder, save_checkpoint, log):
     arguments = transformers.TrainingArguments(
         output_dir=folder,
         num_train_epochs=settings.epochs,
-        learning_rate=FINE_TUNING_LEARNING_RATE if settings.base_model else LEARNING_RATE,
+        learning_rate=settings.tuning_rate if settings.base_model else settings.learning_rate,
         seed=settings.seed,
         per_device_train_batch_size=BATCH_SIZE,
         warmup_steps=20,
@@ -393,7 +395,13 @@ def predict(model, examples):
     for start in range(0, len(examples), BATCH_SIZE):
         sources = [source for source, _ in examples[start : start + BATCH_SIZE]]
         inputs = tokenize(tokenizer, sources).to(network.device)
-        tokens = network.generate(**inputs, max_new_tokens=MAX_TOKENS, num_beams=1, do_sample=False)
+        tokens = network.generate(
+            **inputs,
+            max_new_tokens=MAX_TOKENS,
+            do_sample=False,
+            num_beams=1,
+            forced_eos_token_id=None,
+        )
         outputs += tokenizer.batch_decode(
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -601,7 +609,7 @@ def wandb_run(flow):
         "tags": path,
         "resume": "allow",
         "config": {
-            **parameters_of(flow),
+            **vars(settings_of(flow)),
             "examples": len(flow.training),
             "run": current.run_id,
             "resumed_from": current.origin_run_id,
@@ -634,10 +642,10 @@ def mode_of(run):
     return "offline" if run.offline else f"online, {run.url}"
 
 
-def parameters_of(flow):
-    """Return {name: value} of the parameters of a run."""
+def settings_of(flow):
+    """Return the parameters of a run as the attributes of an object."""
     names = [name for name in current.parameter_names if name != "requirements"]  # a Config
-    return {name: getattr(flow, name) for name in names}
+    return SimpleNamespace(**{name: getattr(flow, name) for name in names})
 
 
 def add_training_card(run, losses):

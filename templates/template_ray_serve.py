@@ -18,6 +18,8 @@ import asyncio
 import contextlib
 import html
 import json
+import logging
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -63,7 +65,9 @@ class Settings(BaseModel):
     revision: str | None = Field(None, description="Commit of a hub model: its files can change")
     prefix: str | None = Field(None, description="Before each sentence; default: the model's own")
     language: str = Field("", description="Of the texts, such as en; default: the model's own")
-    precision: Literal["float32", "bfloat16", "int8"] = Field("float32", description="See serve.md")
+    precision: Literal["float32", "bfloat16", "int8"] = Field(
+        "float32", description="Safe, or faster"
+    )
     max_sentence_tokens: int | None = Field(
         None, ge=16, le=4096, description="A longer sentence is cut; default: as in training"
     )
@@ -215,8 +219,12 @@ class Model:
     def pieces(self, text: str) -> Iterator[str]:
         """Yield sentences, or parts of long ones: joined, they are the text again."""
         for line in text.splitlines(keepends=True):
-            for sentence in segment(self.language, line):
-                yield from self.split_to_fit(sentence)
+            # sentencex 1.0.32 fails at some white space, such as the no-break one in "A\u00a0.".
+            plain = "".join(" " if character.isspace() else character for character in line)
+            end = 0
+            for sentence in segment(self.language, plain):
+                start, end = end, end + len(sentence)
+                yield from self.split_to_fit(line[start:end])
 
     def split_to_fit(self, sentence: str) -> list[str]:
         """Return parts of at most max_sentence_tokens, cut at spaces if there are any."""
@@ -245,6 +253,7 @@ class Model:
                 max_new_tokens=self.max_new_tokens,
                 do_sample=False,
                 num_beams=1,
+                forced_eos_token_id=None,  # Marian and BART force one, which hides a cut
             )
         translations = self.tokenizer.batch_decode(
             tokens,
@@ -553,6 +562,15 @@ async def read(request: Request, max_bytes: int) -> ModelRequest:
         raise HTTPException(422, f"Send JSON like {json.dumps(EXAMPLE)}: {problems}.") from None
 
 
+def model_failed(error: Exception) -> HTTPException:
+    """Return what the client gets. Log where it failed without the message, which may quote text."""
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
+    name = type(error).__name__
+    logging.getLogger("ray.serve").error("%s at %s", name, " > ".join(places))
+    return HTTPException(500, f"The model failed on this request: {name}.")
+
+
 # The app refuses requests before Ray does: max_ongoing_requests is above max_queue. The short
 # backoff keeps Ray's router from sending only a few requests a second when replicas are full.
 @serve.deployment(
@@ -602,11 +620,12 @@ class ModelServer:
             seconds = f"{settings.body_timeout_s:g}"
             raise HTTPException(408, f"No whole body within {seconds} s.", CLOSE) from None
         try:
-            inputs = await asyncio.to_thread(
-                self.model.plan, request
-            )  # others are answered meanwhile
+            # On a thread: others are answered meanwhile.
+            inputs = await asyncio.to_thread(self.model.plan, request)
         except Refuse as refusal:
             raise HTTPException(refusal.status, str(refusal)) from None
+        except Exception as error:
+            raise model_failed(error) from None
         if inputs and self.batcher.drop_cancelled() >= settings.max_queue:
             message = "Too many requests are waiting; try again soon."
             raise HTTPException(503, message, {"Retry-After": "1"})
@@ -619,9 +638,11 @@ class ModelServer:
             raise HTTPException(504, message) from None
         for output in outputs:
             if isinstance(output, Exception):
-                name = type(output).__name__
-                raise HTTPException(500, f"The model failed on this request: {name}.")
-        response = self.model.answer(request, inputs, outputs)
+                raise model_failed(output)
+        try:
+            response = self.model.answer(request, inputs, outputs)
+        except Exception as error:
+            raise model_failed(error) from None
         for name, counter in self.counters.items():
             if number := getattr(response, name):
                 counter.inc(number)

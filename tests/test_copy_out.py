@@ -1,4 +1,4 @@
-"""Each set of files, copied into somebody's repository: its commands run there, and nothing of theirs is in the way."""
+"""Each set of files, copied into another repository: its commands run there, undisturbed."""
 
 import os
 import shutil
@@ -21,7 +21,8 @@ CHECK = ("python check_serve_config.py serve_config.yaml", ["serve_config.yaml: 
 TRAIN = ("python template_flow.py run --offline True --epochs 8", ["Done!"])
 ROWS = {"train": [TRAIN], "serve": [CHECK, *ASK], "image": [CHECK, *SHIP[3:6]], "all": README[2:]}
 OWN = {
-    "pyproject.toml": '[project]\nname = "mine"\nversion = "1"\n[tool.pytest.ini_options]\ntestpaths = ["tests"]\n'
+    "pyproject.toml": '[project]\nname = "mine"\nversion = "1"\n'
+    '[tool.pytest.ini_options]\ntestpaths = ["tests"]\n'
     'addopts = "--strict-markers"\nfilterwarnings = ["error::pytest.PytestWarning"]\n',
     "src/mine/__init__.py": "",
     "src/mine/model.py": "raise SystemExit('not this one')\n",
@@ -33,7 +34,7 @@ OWN = {
 
 
 def own(folder, files):
-    """A repository with a package, tests and settings of its own, and an older copy of the files in a folder."""
+    """A repository with a package, tests and settings of its own, and an older copy of the files."""
     for name, text in OWN.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)

@@ -1,4 +1,4 @@
-"""What docs/*.md says is so: its commands are run, its changes are made, and its messages are the real ones."""
+"""What docs/*.md says is true: its commands run, its diffs apply, its messages are the real ones."""
 
 import fnmatch
 import os
@@ -11,13 +11,14 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 from remote import pods
-from test_interrupted import epochs
+from test_resume import epochs
 from test_readme import NOT_RUN, ROOT, clean, commands, copy, not_run, run, run_all
 from test_remote import HERE, KEYS, REFUSED
 from test_template_flow import artifacts, pairs_file
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-OTHERWISE = ("update.md", "reliability.md")  # run by test_update.py and test_faults.py
+# Run by test_update.py, test_faults.py and the tests of the recipes.
+OTHERWISE = ("update.md", "reliability.md", "your-own-model.md")
 
 
 def blocks(name, language):
@@ -73,12 +74,12 @@ def changed(folder, number):
 def test_trainings_side_by_side_keep_the_best_and_resume_each_its_own(tmp_path):
     folder = changed(tmp_path, 0)
     environment = {**clean(folder), "METAFLOW_HOME": str(folder / "none"), "METAFLOW_USER": "test"}
-    flow, mark = folder / "template_flow.py", "            # YOUR CODE: log your own numbers"
+    flow, mark = folder / "template_flow.py", "            add_training_card(run, self.losses)\n"
     source = flow.read_text("utf-8")
     assert source.count(mark) == 1
     run("python template_flow.py --no-pylint run --epochs 4", folder, environment)
     whole = artifacts(folder, "best")
-    # Seed 2 fails when it is trained, before it has said so: `resume` has to go on from its own checkpoint.
+    # Seed 2 fails after its training: `resume` has to continue from the checkpoint of that seed.
     flow.write_text(
         source.replace(mark, f"            assert self.input != 2, 'broken off'\n{mark}"), "utf-8"
     )
@@ -93,12 +94,13 @@ def test_trainings_side_by_side_keep_the_best_and_resume_each_its_own(tmp_path):
     assert broken.returncode != 0 and "broken off" in broken.stdout + broken.stderr
     flow.write_text(source, "utf-8")
     again = run("python template_flow.py --no-pylint resume", folder, environment)
-    assert (
-        len(epochs(again)) < 5
-    )  # none of the other seeds is trained again, and this one is nearly done
+    # No other seed is trained again, and this one was nearly done.
+    assert len(epochs(again)) < 5
     resumed = artifacts(folder, "best")
     assert resumed["scores"] == whole["scores"] and resumed["model"] == whole["model"]
     assert "model: the model of run" in run("python export_model.py", folder, environment)
+    exported = (folder / "model/model.safetensors").read_bytes()
+    assert exported == resumed["model"]["model.safetensors"]
 
 
 def test_pairs_from_s3(tmp_path):
@@ -158,7 +160,7 @@ def test_lines_that_stop_a_run_are_the_real_ones():
     )
     lines = re.findall(r"\| `([^`]+)` \|$", table, re.MULTILINE)
     said = [expected for _, _, expected in REFUSED.values()]
-    assert len(lines) == 6
+    assert len(lines) == 5
     for line in lines:
         assert any(line.split("[")[0].split("...")[0] in each for each in said), line
 
@@ -235,7 +237,7 @@ FOREIGN = {
 def test_messages_are_those_of_the_files():
     sources = "".join(
         path.read_text("utf-8")
-        for path in [*(ROOT / "templates").glob("*.py"), ROOT / "outdated.py"]
+        for path in [*(ROOT / "templates").glob("*.py"), ROOT / "tools/outdated.py"]
     )
     for page in PAGES:
         table = page.read_text("utf-8").partition("## What goes wrong")[2].partition("\n## ")[0]

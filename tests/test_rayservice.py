@@ -1,4 +1,4 @@
-"""templates/rayservice.yaml: the same config as on the laptop, and what Kubernetes and KubeRay accept."""
+"""templates/rayservice.yaml: the config of the laptop, in a form that Kubernetes and KubeRay accept."""
 
 import http.server
 import json
@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 import yaml
 from loopback import served
-from test_house import check_for_github
+from test_repository import check_for_github
 
 ROOT = Path(__file__).parents[1]
 TEMPLATES = ROOT / "templates"
@@ -39,7 +39,7 @@ def config():
 
 
 def strict(schema):
-    """The schema, but a key that it does not know is a fault, as it is for `kubectl apply --validate=strict`."""
+    """The schema, refusing unknown keys as `kubectl apply --validate=strict` does."""
     if isinstance(schema, dict):
         if "properties" in schema and "x-kubernetes-preserve-unknown-fields" not in schema:
             schema = {"additionalProperties": False, **schema}
@@ -235,7 +235,7 @@ def test_what_selects_pods_finds_them(service, documents):
             policy["spec"]["podSelector"]["matchLabels"].items()
             <= group["template"]["metadata"]["labels"].items()
         )
-    # KubeRay adds ray.io/node-type itself. A budget by maxUnavailable needs a controller that Kubernetes knows.
+    # KubeRay adds ray.io/node-type. maxUnavailable would need a controller that Kubernetes knows.
     assert (
         budget["spec"]["selector"]["matchLabels"]["app"] == "translator"
         and budget["spec"]["minAvailable"] == 1

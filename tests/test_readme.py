@@ -24,10 +24,10 @@ NOT_RUN = {  # pattern: why
     "make test": "is this",
     ".venv/bin/python -m pytest *": "is a part of this",
     "PICTURES=* *": "is a part of this too; the variable keeps the picture",
-    "python template_flow.py run --data pairs.tsv *": "needs the hub; test_template_flow.py has it all local",
-    "python template_flow.py argo-workflows create": "needs Argo; test_remote.py runs what it makes",
-    "serve run template_ray_serve:build model=*": "has a made-up path; test_template_ray_serve.py has a real one",
-    "RAY_AUTH_MODE=token python check_serve_config.py *": "test_check_serve_config.py has the same deployment",
+    "python template_flow.py run --data pairs.tsv *": "needs the hub; test_template_flow.py runs it locally",
+    "python template_flow.py argo-workflows create": "needs Argo; test_remote.py runs its result",
+    "serve run template_ray_serve:build model=*": "its path is made up; test_template_ray_serve.py",
+    "RAY_AUTH_MODE=token python check_serve_config.py *": "test_check_serve_config.py deploys the same",
     "kubectl *": "needs a cluster; test_rayservice.py runs kubectl without one",
     "git -C $TEMPLATES show *": "test_update.py runs the line that outdated.py prints",
     "git merge-file *": "the same",
@@ -40,7 +40,7 @@ def commands(page=ROOT / "README.md"):
     for block in re.findall(
         r"^```console\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE
     ):
-        for line in block.splitlines():
+        for line in block.replace("\\\n", "").splitlines():  # a command may go on in the next line
             if line.startswith("$ "):
                 found.append((line[2:], []))
             else:
@@ -53,7 +53,7 @@ def not_run(command):
 
 
 def shows(output, expected):
-    """True if the expected lines come in this order; `...` stands for anything, and any score for a score."""
+    """True if the expected lines come in this order; `...` is anything, a score is any score."""
     at = 0
     for line in expected:
         pattern = re.sub(r"\d+\\\.\d+", r"[\\d.]+", re.escape(line).replace(r"\.\.\.", ".*"))
@@ -80,7 +80,7 @@ def run(command, folder, environment):
 
 
 def clean(folder):
-    """The environment of somebody who has just opened a terminal, with the installed packages on the path."""
+    """The environment of a new terminal, with the installed packages on the path."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return {
         "PATH": path,
@@ -123,7 +123,7 @@ def copy(folder):
 
 
 def run_all(pairs, folder):
-    """Run commands in a folder, one after the other, and compare what they print; return how many were run."""
+    """Run commands in a folder in turn, and compare what they print; return how many were run."""
     environment, done = {**clean(folder), "RAY_TMPDIR": "/tmp"}, 0
     with contextlib.ExitStack() as stack:
         for command, expected in pairs:

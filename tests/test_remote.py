@@ -28,7 +28,7 @@ import pytest
 from loopback import build_options, served
 from moto.server import ThreadedMotoServer
 from remote import argo, jobs, pods
-from test_interrupted import epochs
+from test_resume import epochs
 
 logging.getLogger("werkzeug").setLevel("ERROR")
 HERE, TEMPLATES = Path(__file__).parent, Path(__file__).parents[1] / "templates"

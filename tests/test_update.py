@@ -1,4 +1,4 @@
-"""sets/, copier.yml and outdated.py: what is copied is what is in templates/, and a later release gets into it."""
+"""copier_sets/, copier.yml, tools/outdated.py: copies equal templates/ and take a new release."""
 
 import os
 import re
@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_house import names
 from test_readme import ROOT, commands, shows
+from test_repository import names
 
 SETS = {
     path.name: sorted(each.name for each in path.iterdir() if each.suffix != ".jinja")
-    for path in sorted((ROOT / "sets").iterdir())
+    for path in sorted((ROOT / "copier_sets").iterdir())
     if path.is_dir()
 }
 BIN = Path(sys.executable).parent
@@ -59,7 +59,7 @@ def repository(folder):
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
-    """This repository as it is now, its release tagged; a function makes the next one, by the page's own commands."""
+    """This repository as it is now, its release tagged."""
     folder = tmp_path_factory.mktemp("templates")
     for name in names():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -71,15 +71,15 @@ def release(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def next_release(release, tmp_path_factory):
-    """A clone that has one release more: two lines of the flow differ, and one has braces as CI files do."""
+    """A clone with one more release: two lines of the flow differ, and one has braces."""
     folder = tmp_path_factory.mktemp("next") / "templates"
     run(f"git clone --quiet {release} {folder}", release)
     flow, serve = (
         folder / "templates" / name for name in ("template_flow.py", "template_ray_serve.py")
     )
-    change(flow, "BATCH, MAX_TOKENS = 64, 128", "BATCH, MAX_TOKENS = 96, 128")
+    change(flow, "BATCH_SIZE = 64", "BATCH_SIZE = 96")
     flow.write_text(flow.read_text("utf-8") + "# ${{ github.sha }} {% raw %}\n", "utf-8")
-    change(serve, "max_queue: int = Field(256", "max_queue: int = Field(512")
+    change(serve, "max_queue: int = Field(256,", "max_queue: int = Field(512,")
     for command, _ in commands(ROOT / "CONTRIBUTING.md")[3:]:
         run(command, folder)
     assert "version 0.2.0" in flow.read_text("utf-8")
@@ -96,7 +96,7 @@ def test_sets_hold_every_template_as_a_link():
     for name, files in SETS.items():
         (row,) = re.findall(rf"^\|[^|]*\| `{name}` \|(.*)\|$", table, re.MULTILINE)
         assert name == "all" or set(re.findall("`([^`]+)`", row)) == set(files), name
-        for each in (ROOT / "sets" / name).iterdir():
+        for each in (ROOT / "copier_sets" / name).iterdir():
             target = (
                 "../answers.jinja" if each.suffix == ".jinja" else f"../../templates/{each.name}"
             )
@@ -124,14 +124,14 @@ def test_copier_asks_one_question_and_runs_nothing():
 
 
 def test_page_word_by_word(release, next_release, tmp_path):
-    """docs/update.md: the copy, edits, a new release, the update; copies by hand; from these to copier."""
+    """docs/update.md: copy, edit, a new release, update; manual copies; from these to copier."""
     shown = commands(ROOT / "docs/update.md")[1:]  # without the installation
     assert len(shown) == 12
     folder, bare = repository(tmp_path / "mine"), tmp_path / "templates"
     run(f"git clone --quiet {release} {bare}", tmp_path)
     for command, expected in shown[:4]:
         assert shows(run(command, folder, TEMPLATES=str(bare)), expected)
-    change(folder / "template_flow.py", "cpu=2, memory=8_000", "cpu=3, memory=8_000")
+    change(folder / "template_flow.py", "MAX_SCORED = 1000", "MAX_SCORED = 2000")
     (folder / ".env.example").unlink()
     (folder / ".env").write_text("WANDB_API_KEY=mine\n")
     run("git add --all; git commit --quiet --message mine", folder)
@@ -141,15 +141,15 @@ def test_page_word_by_word(release, next_release, tmp_path):
         assert shows(run(command, folder), expected)
     text = (folder / "template_flow.py").read_text("utf-8")
     assert (
-        "cpu=3" in text
-        and "MAX_TOKENS = 96" in text
+        "MAX_SCORED = 2000" in text
+        and "BATCH_SIZE = 96" in text
         and text.endswith("# ${{ github.sha }} {% raw %}\n")
     )
     assert "version 0.2.0" in text and not (folder / ".env.example").exists()
 
     by_hand = repository(tmp_path / "by hand")
     shutil.copy(ROOT / "templates/template_flow.py", by_hand / "flow.py")
-    change(by_hand / "flow.py", "cpu=2, memory=8_000", "cpu=3, memory=8_000")
+    change(by_hand / "flow.py", "MAX_SCORED = 1000", "MAX_SCORED = 2000")
     (command, expected) = shown[7]
     output = run(command, by_hand, code=1, TEMPLATES=str(bare))
     assert shows(output, expected), output
@@ -157,7 +157,7 @@ def test_page_word_by_word(release, next_release, tmp_path):
     merged = (by_hand / "flow.py").read_text("utf-8")
     assert merged == text
     assert "flow.py: template_flow.py 0.2.0, changed\n" == run(
-        f"python {bare}/outdated.py .", by_hand
+        f"python {bare}/tools/outdated.py .", by_hand
     )
 
     adopted = repository(tmp_path / "adopted")
@@ -171,13 +171,13 @@ def test_page_word_by_word(release, next_release, tmp_path):
     for command, expected in shown[8:]:
         assert shows(run(command, adopted, TEMPLATES=str(bare)), expected)
     text = (adopted / "template_ray_serve.py").read_text("utf-8")
-    assert "max_batch_size: int = Field(8" in text and "max_queue: int = Field(512" in text
+    assert "max_batch_size: int = Field(8" in text and "max_queue: int = Field(512," in text
 
 
 def test_the_same_line_changed_twice_is_shown_and_nothing_is_lost(release, next_release, tmp_path):
     folder = repository(tmp_path)
     run(f"copier copy --defaults --vcs-ref v0.1.0 --data what=train {next_release} .", folder)
-    change(folder / "template_flow.py", "MAX_TOKENS = 64, 128", "MAX_TOKENS = 8, 128")
+    change(folder / "template_flow.py", "BATCH_SIZE = 64", "BATCH_SIZE = 8")
     run("git add --all; git commit --quiet --message mine", folder)
     run("copier update --defaults", folder)
     found = re.search(
@@ -185,7 +185,7 @@ def test_the_same_line_changed_twice_is_shown_and_nothing_is_lost(release, next_
         (folder / "template_flow.py").read_text("utf-8"),
         re.S,
     )
-    assert "MAX_TOKENS = 8," in found[1] and "MAX_TOKENS = 96," in found[2]
+    assert "BATCH_SIZE = 8" in found[1] and "BATCH_SIZE = 96" in found[2]
     run("git diff --check", folder, code=2)
 
 
@@ -199,15 +199,15 @@ def test_in_a_folder_of_a_larger_repository(next_release, tmp_path):
         "git add --all; git commit --quiet --message mine; copier update --defaults ml/translator",
         tmp_path,
     )
-    assert "MAX_TOKENS = 96" in (tmp_path / "ml/translator/template_flow.py").read_text("utf-8")
+    assert "BATCH_SIZE = 96" in (tmp_path / "ml/translator/template_flow.py").read_text("utf-8")
 
 
 def outdated(next_release, folder, code):
-    return run(f"python {next_release}/outdated.py .", folder, code)
+    return run(f"python {next_release}/tools/outdated.py .", folder, code)
 
 
 def test_outdated_tells_apart(release, next_release, tmp_path):
-    """A copy as released, a changed one, one in which nothing but the number of the release differs, and others."""
+    """A copy as released, a changed one, one that differs only in its release number, and others."""
     folder = repository(tmp_path)
     (folder / "notes.md").write_text("# notes.md, version 0.1.0\n")
     (folder / "picture.png").write_bytes(b"\x89PNG\xff")
@@ -229,24 +229,24 @@ def test_outdated_tells_apart(release, next_release, tmp_path):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        ("", "usage: python outdated.py REPOSITORY"),
+        ("", "usage: python tools/outdated.py REPOSITORY"),
         ("{nowhere}", "cannot change to"),
         ("{folder}", "not a git repository"),
     ],
 )
 def test_outdated_says_what_it_cannot_do(next_release, arguments, said, tmp_path):
     arguments = arguments.format(folder=tmp_path, nowhere=tmp_path / "none")
-    output = run(f"python {next_release}/outdated.py {arguments}", tmp_path, code=2)
+    output = run(f"python {next_release}/tools/outdated.py {arguments}", tmp_path, code=2)
     assert said in output and len(output.splitlines()) == 1
 
 
 def test_without_releases(tmp_path):
-    shutil.copy(ROOT / "outdated.py", repository(tmp_path))
-    assert "no releases here; git fetch --tags" in run("python outdated.py .", tmp_path, code=2)
+    shutil.copytree(ROOT / "tools", repository(tmp_path) / "tools")
+    assert "no releases here; git fetch --tags" in run("python tools/outdated.py .", tmp_path, code=2)
 
 
 def test_every_template_carries_its_name_and_the_newest_release():
-    newest = re.search(r"^## (\S+)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)[1]
+    newest = re.search(r"^## (\d\S*)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)[1]
     for name in SETS["all"]:
         text = (ROOT / "templates" / name).read_text("utf-8")
         assert f"{name}, version {newest}" in text.splitlines()[0], name

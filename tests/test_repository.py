@@ -1,4 +1,4 @@
-"""What holds for the whole repository: versions that agree, words that must not occur, the files that tools read."""
+"""What holds for the whole repository: versions that agree, forbidden words, files of tools."""
 
 import fnmatch
 import os
@@ -102,8 +102,10 @@ def test_python_versions_agree():
 FORBIDDEN = {
     "an internal host": r"desertowl|mozilla-hub|atlassian\.net",
     "a moving tag": r":latest\b",
-    "a key": r"(?i)key['\"]?\s*[=:]\s*['\"]?[0-9a-f]{40}|-----BEGIN [A-Z ]*PRIVATE KEY|\bAKIA[0-9A-Z]{16}|\bghp_\w{36}",
-    "somebody's own image": r"(?:docker\.io|docker push|FROM|image:) ?/?(?!python|rayproject|\$)[a-z0-9]+/[\w-]+:",
+    "a key": r"(?i)key['\"]?\s*[=:]\s*['\"]?[0-9a-f]{40}|-----BEGIN [A-Z ]*PRIVATE KEY"
+    r"|\bAKIA[0-9A-Z]{16}|\bghp_\w{36}",
+    "somebody's own image": r"(?:docker\.io|docker push|FROM|image:) ?/?"
+    r"(?!python|rayproject|\$)[a-z0-9]+/[\w-]+:",
     "a path of one machine": r"(?<![\w.])/(?:work|home/\w+|Users/\w+|opt/wheels)/",
 }
 ALLOWED = {

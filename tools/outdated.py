@@ -1,9 +1,10 @@
-"""List the copies of templates/ in another repository: which are outdated, which are changed, and how to merge.
+"""List the copies of templates/ in another repository: outdated, changed, and how to merge.
 
-    python outdated.py ../my-repository
+    python tools/outdated.py ../my-repository
 
-Each template names itself and its release in its first line; by that line a copy is found, whatever its name is now.
-Exit code 0: every copy is of the newest release, 1: some are outdated, 2: they cannot be compared.
+Each template names itself and its release in its first line: a copy is found by that line, whatever
+its file is called now. Exit code 0: every copy is of the latest release, 1: some are outdated,
+2: they cannot be compared.
 """
 
 import re
@@ -12,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 NAME = re.compile(r"^#!?.*?([\w.-]+), version (\d+\.\d+\.\d+)", re.MULTILINE)
 
 
@@ -29,8 +30,8 @@ def git(folder: Path, *command: str) -> str:
 
 def released(tag: str, name: str) -> str | None:
     """A template as it was released; None if that release did not have it."""
-    held = git(HERE, "ls-tree", "--name-only", tag, f"templates/{name}")
-    return git(HERE, "show", f"{tag}:templates/{name}") if held else None
+    held = git(ROOT, "ls-tree", "--name-only", tag, f"templates/{name}")
+    return git(ROOT, "show", f"{tag}:templates/{name}") if held else None
 
 
 def plain(text: str | None) -> str | None:
@@ -39,7 +40,7 @@ def plain(text: str | None) -> str | None:
 
 
 def copies(repository: Path) -> list[tuple[str, str, str, str]]:
-    """(path, text, name of the template, its release) of each copy among the files that git does not ignore."""
+    """(path, text, name of the template, its release) of each copy that git does not ignore."""
     found = []
     for path in git(
         repository, "ls-files", "-z", "--cached", "--others", "--exclude-standard"
@@ -54,9 +55,9 @@ def copies(repository: Path) -> list[tuple[str, str, str, str]]:
 
 
 def main(repository: Path) -> int:
-    tags = git(HERE, "tag", "--list", "v*", "--sort=-version:refname").split()
+    tags = git(ROOT, "tag", "--list", "v*", "--sort=-version:refname").split()
     if not tags:
-        print(f"{HERE}: no releases here; git fetch --tags", file=sys.stderr)
+        print(f"{ROOT}: no releases here; git fetch --tags", file=sys.stderr)
         return 2
     newest, outdated = tags[0], []
     for path, text, name, version in copies(repository):
@@ -76,15 +77,16 @@ def main(repository: Path) -> int:
                 )
         print(f"{path}: {name} {version}, {state}")
     for path, was, now in outdated:
-        show = f"git -C {shlex.quote(str(HERE))} show"
+        show = f"git -C {shlex.quote(str(ROOT))} show"
         print(
-            f"{show} {was} > was; {show} {now} > now; git merge-file {shlex.quote(path)} was now; rm was now"
+            f"{show} {was} > was; {show} {now} > now; "
+            f"git merge-file {shlex.quote(path)} was now; rm was now"
         )
     return 1 if outdated else 0
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        print("usage: python outdated.py REPOSITORY", file=sys.stderr)
+        print("usage: python tools/outdated.py REPOSITORY", file=sys.stderr)
         sys.exit(2)
     sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,1 @@
+../../templates/test_serve_mechanics.py

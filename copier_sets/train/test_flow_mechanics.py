@@ -1,0 +1,1 @@
+../../templates/test_flow_mechanics.py

@@ -1,0 +1,646 @@
+# test_serve_mechanics.py, version 0.1.0
+"""Tests of the mechanics of template_ray_serve.py, whatever it serves: keep this file as it is.
+
+    pip install pytest; python -m pytest test_serve_mechanics.py
+
+Your work is replaced here by a toy, so these tests need none of its packages, and no network. For
+your work, see test_template_ray_serve.py.
+"""
+
+import ast
+import asyncio
+import html
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import yaml
+from click import ClickException
+from serve_process import Server
+
+HERE = Path(__file__).parent
+APP = "template_ray_serve.py"
+CONFIG = HERE / "serve_config.yaml"
+ROUTE = "/toy"
+
+TOY = '''
+import time
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+
+class ModelRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    text: str | list[str]
+
+
+class ModelResponse(BaseModel):
+    loud: str | list[str]
+    long_texts: int = 0
+
+
+EXAMPLE = {"text": "<hello>"}
+COUNTERS = ("long_texts",)
+
+
+class Refuse(Exception):
+    def __init__(self, status, reason):
+        super().__init__(reason)
+        self.status = status
+
+
+class Model:
+    """Answers "hello" with "HELLO!"; what it loads is the "!"."""
+
+    def __init__(self, name, settings, threads):
+        self.end = Path(name, "end.txt").read_text() if name else "!"
+
+    def plan(self, request):
+        texts = request.text if isinstance(request.text, list) else [request.text]
+        if len(texts) > 100:
+            raise Refuse(413, "More than 100 texts.")
+        if "refuse" in texts:
+            raise Refuse(422, "A text that is refused.")
+        if "fail to plan" in request.text:
+            raise ValueError(texts)
+        return texts
+
+    def size(self, text):
+        return len(text)
+
+    def __call__(self, texts):
+        for text in texts:
+            if text.startswith("wait"):
+                time.sleep(float(text.split()[1]))
+            if text.startswith("fail to run"):
+                raise ValueError(text)
+        return [text.upper() + self.end for text in texts]
+
+    def answer(self, request, inputs, outputs):
+        if "fail to answer" in request.text:
+            raise ValueError(inputs)
+        loud = outputs if isinstance(request.text, list) else outputs[0]
+        return ModelResponse(loud=loud, long_texts=sum(len(text) > 20 for text in inputs))
+
+    def same(self, answer, known):
+        return answer == known
+'''
+
+
+# -- The toy app -----------------------------------------------------------------------------------
+
+
+def parts_of(app):
+    """Return (head, imports, settings, work, mechanics), which joined by their marks are the app."""
+    head, rest = app.split("# YOUR CODE: imports\n")
+    imports, rest = rest.split("# -- 1.", 1)
+    settings, rest = rest.split("# YOUR CODE: begin\n")
+    work, mechanics = rest.split("# YOUR CODE: end\n")
+    return head, imports, "# -- 1." + settings, work, mechanics
+
+
+def used_by(settings, imports):
+    """Return those of your imports that your settings need."""
+    names = {node.id for node in ast.walk(ast.parse(settings)) if isinstance(node, ast.Name)}
+    needed = []
+    for statement in ast.parse(imports).body:
+        bound = {alias.asname or alias.name.split(".")[0] for alias in statement.names}
+        if bound & names:
+            needed.append(ast.unparse(statement) + "\n")
+    return "".join(needed)
+
+
+def write_toy(folder, moved=False):
+    """Write the app with the toy in place of your work; `moved` puts the toy into a module."""
+    head, imports, settings, _, mechanics = parts_of((HERE / APP).read_text("utf-8"))
+    work = TOY
+    if moved:
+        (folder / "my_work.py").write_text(TOY, "utf-8")
+        work = "from my_work import *\n"
+    app = head + used_by(settings, imports) + settings + work + mechanics
+    (folder / APP).write_text(app, "utf-8")
+
+
+def write_model(folder, answers=(), end="!"):
+    """Write what the toy loads, with the known answers [(text, answer), ...]."""
+    folder.mkdir()
+    (folder / "end.txt").write_text(end)
+    known = [{"request": {"text": text}, "answer": {"loud": loud}} for text, loud in answers]
+    (folder / "known_answers.json").write_text(json.dumps(known))
+
+
+def imported(folder):
+    """Return the app in a folder as a module, as often as there are folders."""
+    spec = importlib.util.spec_from_file_location("toy_app", folder / APP)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    write_toy(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def app(folder):
+    return imported(folder)
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    """The toy as it is started by hand."""
+    command = ["run", "template_ray_serve:translator_app", "--route-prefix", ROUTE]
+    with Server(folder, *command) as running:
+        yield running.wait()
+
+
+LIMITS = {
+    "max_batch_size": 4,
+    "max_queue": 6,
+    "max_body_bytes": 1000,
+    "body_timeout_s": 1,
+    "timeout_s": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def small_server(tmp_path_factory):
+    """The toy in a module of its own, with small limits."""
+    folder = tmp_path_factory.mktemp("small")
+    write_toy(folder, moved=True)
+    arguments = [f"{name}={value}" for name, value in LIMITS.items()]
+    command = ["run", "template_ray_serve:build", *arguments, "--route-prefix", ROUTE]
+    with Server(folder, *command, dashboard=True) as running:
+        yield running.wait()
+
+
+# -- Requests and answers --------------------------------------------------------------------------
+
+
+def test_both_forms_of_the_url(server):
+    for path in (ROUTE, ROUTE + "/"):
+        assert server.ask(path, {"text": "hello"}) == (200, {"loud": "HELLO!"})
+
+
+def test_a_list_keeps_its_order(server):
+    assert server.ask(body={"text": ["b", "a", "c"]}) == (200, {"loud": ["B!", "A!", "C!"]})
+    assert server.ask(body={"text": []}) == (200, {"loud": []})
+
+
+def test_a_field_that_is_not_its_default_is_answered(server):
+    text = "a text of more than 20 characters"
+    assert server.ask(body={"text": text}) == (200, {"loud": text.upper() + "!", "long_texts": 1})
+
+
+def test_many_at_once_get_their_own_answers(server):
+    texts = [f"text {number}" for number in range(100)]
+    with ThreadPoolExecutor(24) as pool:
+        answers = list(pool.map(lambda text: server.ask(body={"text": text}), texts))
+    assert answers == [(200, {"loud": text.upper() + "!"}) for text in texts]
+
+
+@pytest.mark.parametrize(
+    "body, kind, status",
+    [
+        (b"", "application/json", 422),
+        (b"{", "application/json", 422),
+        (b"[]", "application/json", 422),
+        (b'{"txet": "secret-42"}', "application/json", 422),
+        (b'{"text": {"a": "secret-42"}}', "application/json", 422),
+        (b'{"text": {"secret-42": "a"}}', "application/json", 422),
+        (b'{"text": NaN}', "application/json", 422),
+        (b'{"text": "\\ud83d"}', "application/json", 422),
+        (b"[" * 10_000 + b"]" * 10_000, "application/json", 422),
+        (b"\xff\xfe", "application/json", 422),
+        (b'{"text": "a", "secret-42": 1}', "application/json", 422),
+        (b'{"text": "secret-42"}', "text/plain", 415),
+        (b'{"text": "' + b"secret-42 " * 100_000 + b'"}', "application/json", 413),
+        (b'{"text": ["secret-42"' + b', "a"' * 100 + b"]}", "application/json", 413),
+    ],
+)
+def test_a_bad_request_gets_a_short_answer_that_repeats_nothing(server, body, kind, status):
+    got, answer = server.ask(body=body, kind=kind)
+    assert (got, answer["error"]["code"]) == (status, status)
+    assert set(answer) == {"error"}
+    assert set(answer["error"]) == {"code", "message"}
+    assert "secret-42" not in json.dumps(answer)
+    assert len(answer["error"]["message"]) < 300
+    assert server.ask(body={"text": "hello"}) == (200, {"loud": "HELLO!"})
+
+
+def test_a_wrong_body_is_told_the_problem_and_the_example(server):
+    status, answer = server.ask(body={"txet": "hello"})
+    message = answer["error"]["message"]
+    assert message.startswith('Send JSON like {"text": "<hello>"}: ')
+    assert "text: Field required" in message
+
+
+def test_what_the_model_refuses_gets_its_status_and_reason(server):
+    status, answer = server.ask(body={"text": "refuse"})
+    assert status == 422
+    assert answer == {"error": {"code": 422, "message": "A text that is refused."}}
+    status, answer = server.ask(body={"text": ["a"] * 101})
+    assert (status, answer["error"]["message"]) == (413, "More than 100 texts.")
+
+
+@pytest.mark.parametrize("text", ["fail to plan", "fail to run", "fail to answer"])
+def test_a_failure_of_the_model_names_only_its_kind(server, text):
+    status, answer = server.ask(body={"text": text})
+    message = "The model failed on this request: ValueError."
+    assert (status, answer) == (500, {"error": {"code": 500, "message": message}})
+    assert server.ask(body={"text": "hello"}) == (200, {"loud": "HELLO!"})
+
+
+def test_unknown_paths_and_methods(server):
+    for path, method, status in (
+        (ROUTE + "/nowhere", "GET", 404),
+        (ROUTE, "PUT", 405),
+    ):
+        got, answer = server.ask(path, {}, method=method)
+        assert (got, answer["error"]["code"]) == (status, status)
+
+
+def test_the_page_holds_the_example_and_needs_no_other_host(server):
+    for path in (ROUTE, ROUTE + "/"):
+        status, page = server.ask(path, method="GET")
+        assert status == 200
+        assert html.escape("<hello>") in page
+        assert "<hello>" not in page
+        assert "src=" not in page and "href=" not in page and "://" not in page
+
+
+def test_the_description_holds_the_example(server):
+    status, described = server.ask(ROUTE + "/openapi.json", method="GET")
+    content = described["paths"]["/"]["post"]["requestBody"]["content"]["application/json"]
+    assert content["example"] == {"text": "<hello>"}
+    assert "text" in content["schema"]["properties"]
+
+
+def test_no_line_of_a_log_holds_a_text(server):
+    for begin in ("", "fail to plan", "fail to run", "fail to answer"):
+        server.ask(body={"text": begin + " canary-7f3a"})
+    server.ask(body={"canary-7f3a": "canary-7f3a"})
+    time.sleep(1)
+    written = [path for path in Path(server.scratch).rglob("*") if "logs" in path.parts]
+    logs = [server.log, *filter(Path.is_file, written)]
+    assert len(logs) > 5
+    assert not [path for path in logs if b"canary-7f3a" in path.read_bytes()]
+
+
+# -- Limits ----------------------------------------------------------------------------------------
+
+
+def busy(server, seconds):
+    """Ask for an answer that takes this long; the model works on it on return."""
+    pool = ThreadPoolExecutor(1)
+    job = pool.submit(server.ask, body={"text": f"wait {seconds}"})
+    pool.shutdown(wait=False)
+    time.sleep(0.5)
+    return job
+
+
+def test_a_moved_section_serves_too(small_server):
+    assert small_server.ask(body={"text": "hello"}) == (200, {"loud": "HELLO!"})
+
+
+def test_a_body_over_its_limit(small_server):
+    status, answer = small_server.ask(body={"text": "a" * 1000})
+    assert (status, answer["error"]["message"]) == (413, "The body is larger than 1000 bytes.")
+
+
+def test_a_body_that_does_not_end(small_server):
+    headers = {"Content-Length": "100"}
+    status, answer = small_server.ask(body=b'{"text": ', **headers)
+    assert (status, answer["error"]["message"]) == (408, "No whole body within 1 s.")
+
+
+def test_a_full_queue_refuses_at_once_and_takes_what_it_has_room_for(small_server):
+    job = busy(small_server, 2)
+    gate = threading.Barrier(20)
+
+    def ask(number):
+        gate.wait()
+        begin = time.monotonic()
+        status, _ = small_server.ask(body={"text": "hello"})
+        return status, time.monotonic() - begin
+
+    with ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(ask, range(20)))
+    refused = [seconds for status, seconds in answers if status == 503]
+    assert [status for status, _ in answers].count(200) == LIMITS["max_queue"]
+    assert len(refused) == 20 - LIMITS["max_queue"]
+    assert max(refused) < 1
+    assert job.result()[0] == 200
+
+
+def test_a_timeout(small_server):
+    begin = time.monotonic()
+    status, answer = small_server.ask(body={"text": "wait 5"})
+    assert (status, answer["error"]["code"]) == (504, 504)
+    assert "4 seconds" in answer["error"]["message"]
+    assert 3 < time.monotonic() - begin < 5
+    assert small_server.ask(body={"text": "hello"}) == (200, {"loud": "HELLO!"})
+
+
+def test_health_and_page_while_the_model_is_busy(small_server):
+    job = busy(small_server, 2)
+    for path in (ROUTE + "/health", ROUTE):
+        begin = time.monotonic()
+        assert small_server.ask(path, method="GET")[0] == 200
+        assert time.monotonic() - begin < 1
+    assert not job.done()
+    assert job.result()[0] == 200
+
+
+def test_metrics_begin_with_the_name(app, small_server):
+    small_server.ask(body={"text": "a text of more than 20 characters"})
+    names = {f"ray_{app.NAME}_{part}" for part in ("batch_size", "input_size", "long_texts")}
+    targets = next(Path(small_server.scratch).rglob("prom_metrics_service_discovery.json"))
+    end = time.monotonic() + 60
+    missing = names
+    while missing and time.monotonic() < end:
+        time.sleep(1)
+        text = ""
+        for group in json.loads(targets.read_text()):
+            for target in group["targets"]:
+                try:
+                    reply = urllib.request.urlopen(f"http://{target}/metrics", timeout=10)
+                    text += reply.read().decode()
+                except OSError:
+                    pass  # not up yet
+        missing = {name for name in names if f"\n{name}" not in text}
+    assert not missing
+
+
+# -- Settings, and what is checked at the start ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong, name",
+    [
+        ({"max_batch_size": 0}, "max_batch_size"),
+        ({"max_batch_size": "eight"}, "max_batch_size"),
+        ({"max_bach_size": 8}, "max_bach_size"),
+        ({"timeout_s": -1}, "timeout_s"),
+    ],
+)
+def test_a_wrong_setting_is_named_in_one_line(app, wrong, name):
+    with pytest.raises(ClickException) as error:
+        app.Settings(**wrong)
+    message = error.value.message
+    assert message.startswith(f"{name}: ")
+    assert "\n" not in message
+
+
+def load(app, folder):
+    """Load the model of a folder; return None, or the one line that says why there is none."""
+    try:
+        app.load_model(app.Settings(model=str(folder)), threads=1)
+    except RuntimeError as error:
+        assert "\n" not in str(error)
+        return str(error)
+
+
+def test_known_answers_are_checked(app, tmp_path):
+    answers = [("hello", "HELLO!"), ("all", "ALL!")]
+    write_model(tmp_path / "right", answers)
+    assert load(app, tmp_path / "right") is None
+    write_model(tmp_path / "wrong", answers, end="?")
+    told = '(the model answers {"text":"hello"} with {"loud":"HELLO?"}, not {"loud":"HELLO!"})'
+    assert told in load(app, tmp_path / "wrong")
+    write_model(tmp_path / "last", [*answers, ("last", "LOST!")])
+    assert 'not {"loud":"LOST!"}' in load(app, tmp_path / "last")
+
+
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        ('{"hello": "HELLO!"}', "older release"),
+        ("[", "Expecting value"),
+        ('[{"request": {"txet": "a"}, "answer": {"loud": "A!"}}]', "ModelRequest"),
+        ('[{"request": {"text": "a"}, "answer": {"quiet": "A!"}}]', "ModelResponse"),
+    ],
+)
+def test_known_answers_of_another_form(app, tmp_path, content, told):
+    write_model(tmp_path / "model")
+    (tmp_path / "model/known_answers.json").write_text(content)
+    assert told in load(app, tmp_path / "model")
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line_with_both_remedies(app, tmp_path):
+    line = load(app, tmp_path / "nowhere")
+    assert "end.txt" in line
+    assert "export_model.py" in line
+    assert "model=PATH" in line
+
+
+def test_without_known_answers_the_example_is_tried(app, tmp_path, monkeypatch):
+    write_model(tmp_path / "model")
+    assert load(app, tmp_path / "model") is None
+    monkeypatch.setattr(app, "EXAMPLE", {"text": "fail to run"})
+    assert "(fail to run)" in load(app, tmp_path / "model")
+
+
+def test_the_example_is_the_first_known_answer(tmp_path):
+    write_toy(tmp_path)
+    write_model(tmp_path / "model", [("known", "KNOWN!")])
+    app = imported(tmp_path)
+    assert app.EXAMPLE == app.BODY["example"] == {"text": "known"}
+    app.load_model(app.Settings(), threads=1)  # the folder `model/` beside the app
+    (tmp_path / "model/known_answers.json").write_text("[")
+    assert imported(tmp_path).EXAMPLE == {"text": "<hello>"}
+
+
+def test_your_work_can_be_moved_to_a_module(tmp_path):
+    head, imports, settings, work, mechanics = parts_of((HERE / APP).read_text("utf-8"))
+    (tmp_path / "my_work.py").write_text(head + imports + work, "utf-8")
+    app = head + used_by(settings, imports) + settings + "from my_work import *\n" + mechanics
+    (tmp_path / APP).write_text(app, "utf-8")
+    code = "import template_ray_serve as app; print(app.Model.__module__, app.BODY)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.stdout.startswith("my_work {'schema'"), done.stderr
+
+
+# -- Batches ---------------------------------------------------------------------------------------
+
+
+class Spy:
+    """Answers each input, a list of numbers, with its sum; a 13 breaks the whole batch."""
+
+    def __init__(self, missing=0):
+        self.batches = []
+        self.missing = missing
+
+    def size(self, numbers):
+        return len(numbers)
+
+    def __call__(self, batch):
+        self.batches.append(batch)
+        time.sleep(0.05)
+        if any(13 in numbers for numbers in batch):
+            raise ValueError("a 13")
+        sums = [sum(numbers) for numbers in batch]
+        return sums[self.missing :]
+
+
+def outputs_of(app, spy, inputs, cancelled=()):
+    """Return what a Batcher makes of inputs that come while the model is busy with [0]."""
+
+    async def submit_all():
+        batcher = app.Batcher(spy, max_batch_size=4, thread=ThreadPoolExecutor(1))
+        first = batcher.submit([0])
+        await asyncio.sleep(0.01)
+        outputs = [batcher.submit(numbers) for numbers in inputs]
+        for number in cancelled:
+            outputs[number].cancel()
+        await first
+        return await asyncio.gather(*outputs, return_exceptions=True)
+
+    return asyncio.run(submit_all())
+
+
+def test_a_batch_holds_what_came_meanwhile_and_like_sizes(app):
+    spy = Spy()
+    sizes = [1, 50, 2, 51, 1, 52, 2, 53]
+    assert outputs_of(app, spy, [[1] * size for size in sizes]) == sizes
+    batches = [sorted(map(len, batch)) for batch in spy.batches]
+    assert batches == [[1], [1, 1, 2, 2], [50, 51, 52, 53]]
+
+
+def test_an_input_that_fails_harms_no_other(app):
+    *good, bad = outputs_of(app, Spy(), [[1], [2], [3], [13]])
+    assert good == [1, 2, 3]
+    assert isinstance(bad, ValueError)
+
+
+def test_a_wrong_number_of_outputs_answers_nobody_with_the_output_of_another(app):
+    async def submit():
+        batcher = app.Batcher(Spy(missing=1), max_batch_size=4, thread=ThreadPoolExecutor(1))
+        return await asyncio.gather(batcher.submit([1]), batcher.submit([2]))
+
+    for output in asyncio.run(submit()):
+        assert isinstance(output, ValueError)
+        assert str(output) == "0 outputs for 1 inputs"
+
+
+def test_a_cancelled_input_never_reaches_the_model(app):
+    spy = Spy()
+    outputs = outputs_of(app, spy, [[1], [2]], cancelled=[0])
+    assert isinstance(outputs[0], asyncio.CancelledError)
+    assert outputs[1] == 2
+    assert spy.batches == [[[0]], [[2]]]
+
+
+# -- serve_config.yaml -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config():
+    if not CONFIG.exists():
+        pytest.skip("serve_config.yaml is not beside this file")
+    return yaml.safe_load(CONFIG.read_text("utf-8"))
+
+
+def flat(value, path=""):
+    """Return {path: value} of everything in nested dictionaries and lists."""
+    items = []
+    if isinstance(value, dict):
+        items = value.items()
+    if isinstance(value, list):
+        items = enumerate(value)
+    found = {}
+    for key, inner in items:
+        found |= flat(inner, f"{path}.{key}".lstrip("."))
+    return found or {path: value}
+
+
+def built(folder, to):
+    """Return the config that `serve build` writes for the app in a folder."""
+    command = [sys.executable, "-m", "ray.serve.scripts", "build"]
+    command += ["template_ray_serve:translator_app", "-o", str(to)]
+    subprocess.run(command, cwd=folder, check=True, timeout=100, capture_output=True)
+    return yaml.safe_load(to.read_text("utf-8"))
+
+
+def different(config, other):
+    """Return the paths at which two configs differ."""
+    ours = flat(config)
+    theirs = flat(other)
+    return {path for path in ours | theirs if ours.get(path, "") != theirs.get(path, "")}
+
+
+# What is changed on purpose, and what you are free to set; a name with a dot stands for all in it.
+CHANGED = (
+    "proxy_location",
+    "http_options.",
+    "grpc_options.",
+    "logging_config.",
+    "applications.0.name",
+    "applications.0.route_prefix",
+    "applications.0.import_path",
+    "applications.0.args.",
+    "applications.0.runtime_env.",
+)
+CHANGED_OF_DEPLOYMENT = (
+    "max_",
+    "request_router_config.",
+    "backpressure_config.",
+    "autoscaling_config.",
+    "num_replicas",
+    "graceful_shutdown_",
+    "health_check_",
+    "ray_actor_options.",
+)
+
+
+def test_the_config_is_what_serve_build_writes_but_for_its_changes(config, folder, tmp_path):
+    prefix = "applications.0.deployments.0."
+    deployment = tuple(prefix + name for name in CHANGED_OF_DEPLOYMENT)
+    paths = different(config, built(folder, tmp_path / "built.yaml"))
+    assert paths
+    assert not [path for path in paths if not path.startswith(CHANGED + deployment)]
+
+
+def test_the_config_names_the_deployment_that_the_app_has(config, app):
+    names = [deployment["name"] for deployment in config["applications"][0]["deployments"]]
+    assert names == [app.ModelServer.name], "serve_config.yaml and the app name other deployments"
+
+
+def test_the_config_has_nothing_blank_and_its_limits_fit_together(config, folder):
+    from ray.serve.schema import ServeDeploySchema
+
+    ServeDeploySchema.model_validate(config)
+    assert None not in flat(config).values()
+    (application,) = config["applications"]
+    (deployment,) = application["deployments"]
+    assert len(application["name"]) <= 40
+    app = imported(folder)
+    settings = app.Settings.model_validate(application["args"], strict=True)
+    assert deployment["max_ongoing_requests"] >= settings.max_queue + 2 * settings.max_batch_size
+    longest = settings.timeout_s + settings.body_timeout_s
+    assert config["http_options"]["request_timeout_s"] >= longest
+    assert deployment["graceful_shutdown_timeout_s"] >= config["http_options"]["request_timeout_s"]
+
+
+def test_the_config_serves(config, tmp_path):
+    write_toy(tmp_path)
+    shutil.copy(CONFIG, tmp_path)
+    deployment = config["applications"][0]["deployments"][0]
+    cpus = deployment.get("ray_actor_options", {}).get("num_cpus", 1)
+    with Server(tmp_path, "run", "serve_config.yaml", cpus=cpus) as server:
+        server.wait()
+        assert server.ask(body={"text": "hello"}) == (200, {"loud": "HELLO!"})
