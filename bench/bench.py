@@ -1,9 +1,11 @@
 """Measure template_ray_serve.py and its peers with one model, in one go and in turns: `make bench`.
 
-    python bench.py [--rounds N] [--seconds S] [--servers template,ray-docs,...] [--clients 1,8,32,128]
+    python bench.py [--rounds N] [--seconds S] [--servers template,ray-docs,...]
+                    [--clients 1,8,32,128]
 
-Each round starts every server once, alone, and asks it from so many clients that wait for their answer. Prints a table,
-writes results.json and results.svg. Only ratios within one run tell something: machines drift.
+Each round starts every server once, alone, and asks it from so many clients that wait for their
+answer. Prints a table, writes results.json and results.svg. Only ratios within one run tell
+something: machines drift.
 """
 
 import argparse
@@ -139,10 +141,10 @@ class Server:
         raise SystemExit(f"{self.name} did not start:\n{self.log.read()[-3000:]}")
 
     def __exit__(self, *_):
-        started = [each for each in psutil.process_iter() if self.ours(each)]
+        started = [process for process in psutil.process_iter() if self.ours(process)]
         self.process.terminate()
-        for each in psutil.wait_procs(started, timeout=30)[1]:
-            each.kill()
+        for process in psutil.wait_procs(started, timeout=30)[1]:
+            process.kill()
         self.process.wait(10)
 
     def ours(self, process):
@@ -153,7 +155,10 @@ class Server:
 
 
 class Line:
-    """One client's connection; HTTP/1.1 by hand, since a full client would take CPU time from the server."""
+    """One client's connection.
+
+    HTTP/1.1 by hand: a full client would take CPU time from the server.
+    """
 
     def __init__(self, server):
         self.reader = self.writer = None
@@ -201,7 +206,10 @@ def figures(asked, rate):
 
 
 async def closed_loop(server, clients, mix, seconds):
-    """What `clients` clients get that ask again as soon as they have an answer; the first answers are not counted."""
+    """What `clients` clients get that ask again as soon as they have an answer.
+
+    The first answers are not counted.
+    """
     many, found = itertools.cycle(texts(mix)), []
     begin = time.perf_counter()
     warm = begin + max(2.0, clients / 16)  # until the batches have found their size
@@ -211,17 +219,17 @@ async def closed_loop(server, clients, mix, seconds):
             found.append((*await line.ask(next(many)), time.perf_counter()))
 
     await asyncio.gather(*[client(Line(server)) for _ in range(clients)])
-    counted = [each for each in found if warm <= each[2] <= warm + seconds]
+    counted = [answer for answer in found if warm <= answer[2] <= warm + seconds]
     times = sorted(at for _, good, at in counted if good)
     assert times, f"no answer within {seconds} s"
     # Answers come a whole batch at a time: count from the end of one batch to the end of another.
     later = [at for at in times if at > times[0] + 0.1]
     rate = len(later) / (later[-1] - times[0]) if later else len(times) / seconds
-    return figures([each[:2] for each in counted], rate)
+    return figures([answer[:2] for answer in counted], rate)
 
 
 async def open_loop(server, rate, seconds):
-    """The same for clients that come by chance, `rate` each second, whether the others have been served or not."""
+    """The same for random arrivals, `rate` a second, whether the others are served or not."""
     many, chance, idle, times, tasks = itertools.cycle(texts("equal")), random.Random(0), [], [], []
 
     async def client():
@@ -262,17 +270,17 @@ def measure(name, folder, clients, seconds, rates):
 def merged(results):
     """The median of the rounds, with the smallest and the largest rate."""
     groups = {}
-    for each in results:
-        groups.setdefault((each["server"], each["clients"], each["mix"]), []).append(each)
+    for result in results:
+        groups.setdefault((result["server"], result["clients"], result["mix"]), []).append(result)
     for (server, clients, mix), rounds in groups.items():
-        rates = [each["requests_per_s"] for each in rounds]
+        rates = [result["requests_per_s"] for result in rounds]
         yield {
             "server": server,
             "clients": clients,
             "mix": mix,
-            "errors": sum(each["errors"] for each in rounds),
+            "errors": sum(result["errors"] for result in rounds),
             **{
-                key: round(statistics.median(each[key] for each in rounds), 2)
+                key: round(statistics.median(result[key] for result in rounds), 2)
                 for key in ("requests_per_s", "p50_ms", "p99_ms")
             },
             "lowest": round(min(rates), 2),
@@ -283,7 +291,7 @@ def merged(results):
 
 def ratios(table):
     """The lines that compare: [(what, figure), ...]."""
-    at = {(each["server"], each["clients"], each["mix"]): each for each in table}
+    at = {(result["server"], result["clients"], result["mix"]): result for result in table}
 
     def rate(server, clients=32, mix="equal"):
         return at[server, clients, mix]["requests_per_s"]
@@ -313,14 +321,14 @@ def plot(table):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for name in dict.fromkeys(each["server"] for each in table):
-        line = [each for each in table if each["server"] == name and each["mix"] == "equal"]
+    for name in dict.fromkeys(result["server"] for result in table):
+        line = [result for result in table if result["server"] == name and result["mix"] == "equal"]
         style = (
             {"linestyle": "--", "color": "grey"} if name.startswith("limit") else {"marker": "o"}
         )
         axes.plot(
-            [each["clients"] for each in line],
-            [each["requests_per_s"] for each in line],
+            [result["clients"] for result in line],
+            [result["requests_per_s"] for result in line],
             label=name,
             **style,
         )
@@ -364,18 +372,19 @@ def main():
     (HERE / "results.json").write_text(json.dumps(table, indent=1) + "\n")
     plot(table)
     print(
-        f"{'server':20} {'clients':>7} {'mix':10} {'requests/s':>10} {'lowest to highest':>19} {'p50 ms':>9} "
+        f"{'server':20} {'clients':>7} {'mix':10} {'requests/s':>10} {'lowest to highest':>19} "
+        f"{'p50 ms':>9} "
         f"{'p99 ms':>9} {'errors':>6}"
     )
-    for each in table:
+    for result in table:
         print(
-            f"{each['server']:20} {each['clients']:7} {each['mix']:10} {each['requests_per_s']:10.1f} "
-            f"{each['lowest']:9.1f} {each['highest']:9.1f} {each['p50_ms']:9.0f} {each['p99_ms']:9.0f} "
-            f"{each['errors']:6}"
+            f"{result['server']:20} {result['clients']:7} {result['mix']:10} "
+            f"{result['requests_per_s']:10.1f} "
+            f"{result['lowest']:9.1f} {result['highest']:9.1f} {result['p50_ms']:9.0f} "
+            f"{result['p99_ms']:9.0f} "
+            f"{result['errors']:6}"
         )
-    print(
-        f"{arguments.rounds} rounds, each figure the median of {arguments.seconds:g} s in each of them"
-    )
+    print(f"{arguments.rounds} rounds, each figure the median of {arguments.seconds:g} s in each")
     for what, figure in ratios(table):
         print(f"{what}: {figure:.2f}")
 

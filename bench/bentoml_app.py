@@ -18,7 +18,8 @@ class Translator:
 
     @bentoml.api(batchable=True, max_batch_size=32, max_latency_ms=60_000)
     def translate(self, text: list[str]) -> list[str]:
-        ids = self.tokenizer([PREFIX + each for each in text], return_tensors="pt", padding=True)
+        texts = [PREFIX + sentence for sentence in text]
+        ids = self.tokenizer(texts, return_tensors="pt", padding=True)
         with torch.inference_mode():
             out = self.model.generate(**ids, do_sample=False, num_beams=1)
         return self.tokenizer.batch_decode(out, skip_special_tokens=True)

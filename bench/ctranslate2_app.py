@@ -30,7 +30,8 @@ def run(batch):
         max_decoding_length=20,
         suppress_sequences=[["<pad>"], ["<unk>"]],
     )
-    return [tokenizer.decode(tokenizer.convert_tokens_to_ids(each.hypotheses[0])) for each in done]
+    outputs = [result.hypotheses[0] for result in done]
+    return [tokenizer.decode(tokenizer.convert_tokens_to_ids(output)) for output in outputs]
 
 
 async def work():

@@ -1,4 +1,4 @@
-"""What the hardware can do: generate() in this process, without a server, in batches of 1, 8 and 32.
+"""What the hardware can do: generate() in this process, in batches of 1, 8 and 32.
 
 python limit.py FOLDER SECONDS THREADS
 """

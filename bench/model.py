@@ -1,6 +1,7 @@
-"""Make a T5 of t5-small's shape (60 million parameters, random weights) whose every answer has 20 tokens.
+"""Make a T5 of t5-small's shape, with random weights, whose every answer has 20 tokens.
 
-python model.py FOLDER        with `small`, one of 0.2 million parameters, so that all but the model shows
+python model.py FOLDER          60 million parameters
+python model.py FOLDER small    0.2 million, so that all but the model shows
 """
 
 import itertools
@@ -16,11 +17,14 @@ from transformers import (
 )
 
 PREFIX = "translate English to French: "
-WORDS = "the a small big old new house garden river train letter teacher doctor sees buys paints opens in near with and"
+WORDS = (
+    "the a small big old new house garden river train letter teacher doctor "
+    "sees buys paints opens in near with and"
+)
 
 
 def texts(mix):
-    """256 texts in the manner of English: of 16 words each (`equal`), or of 2 to 30, 16 on average (`mixed`)."""
+    """256 texts like English ones: 16 words (`equal`), or 2 to 30, 16 on average (`mixed`)."""
     words = itertools.cycle(WORDS.split()[i * 7 % 20] for i in range(20 * 19))
     lengths = [16] * 256 if mix == "equal" else [2 + (i * 37) % 29 for i in range(256)]
     return [" ".join(itertools.islice(words, length)) for length in lengths]
@@ -39,7 +43,7 @@ def main(folder, size=""):
             show_progress=False,
         ),
     )
-    # The rest of the vocabulary are made-up words, so that every token that the model gives is a text.
+    # The rest of the vocabulary are made-up words: every token that the model gives is a text.
     bpe.add_tokens([f" w{number}" for number in range(32128 - bpe.get_vocab_size())])
     bpe.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", 1)]
@@ -68,6 +72,7 @@ def main(folder, size=""):
         eos_token_id=1,
         suppress_tokens=[0, 2],
     )
+    model.config.task_specific_params = {"translation_en_to_fr": {"prefix": PREFIX}}
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

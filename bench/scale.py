@@ -1,9 +1,10 @@
-"""What a request costs beside the model, on 1, 2 and 3 Ray nodes, and what many requests leave behind: `make bench`.
+"""What a request costs besides the model, on 1, 2 and 3 Ray nodes: `make bench`.
 
     python scale.py [--requests N]
 
-The nodes are raylets of one machine, each with a replica of its own. More of them cannot be faster than the machine's
-CPUs: what counts is that the CPU time of a request stays the same. A small model, so that the rest shows.
+The nodes are raylets of one machine, each with a replica of its own. More of them cannot be faster
+than the machine's CPUs: what counts is that the CPU time of a request stays the same. A small
+model, so that the rest shows. Then: what memory many requests leave behind.
 """
 
 import argparse
@@ -26,15 +27,16 @@ import sys, threading
 import ray
 from ray import serve
 from ray.cluster_utils import Cluster
-from template_ray_serve import Settings, Translator
+from template_ray_serve import ModelServer, Settings
 
 folder, port, nodes, replicas = sys.argv[1], *map(int, sys.argv[2:])
-cluster = Cluster(True, head_node_args={"num_cpus": replicas, "temp_dir": f"{folder}/ray", "include_dashboard": False})
+head = {"num_cpus": replicas, "temp_dir": f"{folder}/ray", "include_dashboard": False}
+cluster = Cluster(True, head_node_args=head)
 for _ in range(nodes - 1):
     cluster.add_node(num_cpus=replicas)
 ray.init(address=cluster.address, namespace="serve")
 serve.start("HeadOnly", {"host": "127.0.0.1", "port": port})
-app = Translator.options(num_replicas=nodes * replicas, max_replicas_per_node=replicas)
+app = ModelServer.options(num_replicas=nodes * replicas, max_replicas_per_node=replicas)
 serve.run(app.bind(Settings(model=f"{folder}/model", max_new_tokens=20)), route_prefix="/translate")
 threading.Event().wait()
 """
@@ -49,24 +51,24 @@ class Nodes(bench.Server):
 
     def processes(self, part=""):
         return [
-            each
-            for each in psutil.process_iter()
-            if self.ours(each) and part in " ".join(each.cmdline())
+            process
+            for process in psutil.process_iter()
+            if self.ours(process) and part in " ".join(process.cmdline())
         ]
 
     def cpu_seconds(self):
-        return sum(sum(each.cpu_times()[:2]) for each in self.processes())
+        return sum(sum(process.cpu_times()[:2]) for process in self.processes())
 
 
 def memory_of_weights(process):
-    """(MB of the weights that a process has mapped, its share of them where others have mapped them too)."""
+    """(MB of the weights that a process has mapped, its share where others have them too)."""
     part = re.findall(
         r"\S+ \S+ \S+ \S+ \S+ +\S*\.safetensors\n(?:\w+: .*\n)*",
         Path(f"/proc/{process.pid}/smaps").read_text(),
     )
+    text = "".join(part)
     return [
-        sum(int(kb) for each in part for kb in re.findall(rf"^{key}: +(\d+)", each, re.M)) / 1000
-        for key in ("Rss", "Pss")
+        sum(map(int, re.findall(rf"^{key}: +(\d+)", text, re.M))) / 1000 for key in ("Rss", "Pss")
     ]
 
 
@@ -80,7 +82,8 @@ def main():
     try:
         subprocess.run([sys.executable, HERE / "model.py", folder / "model", "small"], check=True)
         print(
-            f"{'nodes':>5} {'requests/s':>10} {'p50 ms':>7} {'p99 ms':>7} {'CPU ms a request':>17} {'errors':>6}"
+            f"{'nodes':>5} {'requests/s':>10} {'p50 ms':>7} {'p99 ms':>7} "
+            f"{'CPU ms a request':>17} {'errors':>6}"
         )
         for nodes in (1, 2, 3):
             with Nodes(folder, nodes) as server:
@@ -94,7 +97,8 @@ def main():
                     / (found["requests_per_s"] * (seconds + 2))
                 )
                 print(
-                    f"{nodes:5} {found['requests_per_s']:10.0f} {found['p50_ms']:7.0f} {found['p99_ms']:7.0f} "
+                    f"{nodes:5} {found['requests_per_s']:10.0f} {found['p50_ms']:7.0f} "
+                    f"{found['p99_ms']:7.0f} "
                     f"{cost:17.1f} {found['errors']:6}",
                     flush=True,
                 )
@@ -102,14 +106,13 @@ def main():
                     memory(server, found["requests_per_s"], requests)
         subprocess.run([sys.executable, HERE / "model.py", folder / "model"], check=True)
         with Nodes(folder, 1, replicas=2) as server:
-            asyncio.run(
-                bench.closed_loop("template", 8, "equal", 5)
-            )  # what is not used yet is not read yet
+            # Weights that are not used yet are not read yet.
+            asyncio.run(bench.closed_loop("template", 8, "equal", 5))
             for process in server.processes("ServeReplica"):
+                mapped, share = memory_of_weights(process)
                 print(
-                    "one of two replicas on a node: {:.0f} MB of weights mapped, its share {:.0f} MB".format(
-                        *memory_of_weights(process)
-                    )
+                    f"one of two replicas on a node: {mapped:.0f} MB of weights mapped, "
+                    f"its share {share:.0f} MB"
                 )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -120,9 +123,9 @@ def memory(server, rate, requests):
 
     def sizes():
         return {
-            name: round(each.memory_info().rss / 1e6)
+            name: round(process.memory_info().rss / 1e6)
             for name in ("ServeReplica", "ProxyActor")
-            for each in server.processes(name)
+            for process in server.processes(name)
         }
 
     before = sizes()

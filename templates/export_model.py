@@ -65,7 +65,7 @@ def parameters(run):
     """Return {name: value} of the parameters of a run."""
     described = run["start"].task["_graph_info"].data["parameters"]
     values = run["_parameters"].task.data
-    names = [each["name"] for each in described if each["type"] == "Parameter"]
+    names = [item["name"] for item in described if item["type"] == "Parameter"]
     return {name: getattr(values, name) for name in sorted(names)}
 
 
@@ -80,7 +80,8 @@ def readme(run, task):
     for name, value in parameters(run).items():
         facts[name] = repr(value)
     for name in ("metaflow_version", "python_version"):
-        facts[name] = tags.get(name)
+        if name in tags:
+            facts[name] = tags[name]
     if "transformers_version" in config:
         facts["transformers_version"] = config["transformers_version"]
     lines = [f"- {name}: {value}" for name, value in facts.items()]
@@ -92,7 +93,9 @@ def write_model(run, folder):
     """Write the files of the model, its known answers and its README into an empty folder."""
     task = run.end_task  # it has the artifacts of the steps before
     for name, content in artifact(task, "model").items():
-        (folder / name).write_bytes(content)
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
     answers = [
         {"request": request, "answer": answer}
         for request, answer in artifact(task, "known_answers")

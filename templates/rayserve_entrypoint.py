@@ -18,6 +18,7 @@ import urllib.request
 from pathlib import Path
 
 DASHBOARD = "http://127.0.0.1:8265"
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def check_health(config_file: str) -> None:
@@ -50,6 +51,8 @@ def drain() -> None:
 
 def serve(command: list[str]) -> int:
     """Run `serve run CONFIG` until it ends or a signal arrives; return its exit code."""
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: sys.exit(0))  # nothing to drain yet
     check = [sys.executable, "check_serve_config.py", command[-1]]
     if subprocess.run(check).returncode:
         return 1
@@ -66,7 +69,7 @@ def serve(command: list[str]) -> int:
             print(f"stopping without a drain: {type(error).__name__}", file=sys.stderr)
         server.send_signal(signal.SIGINT)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in SIGNALS:
         signal.signal(number, stop)
     code = server.wait()
     return 0 if received else code  # if Ray is stopped while it starts, its code means nothing
@@ -74,7 +77,10 @@ def serve(command: list[str]) -> int:
 
 def main(command: list[str]) -> int:
     if command[0] == "health":
-        check_health(command[1])
+        try:
+            check_health(command[1])
+        except Exception as error:
+            sys.exit(f"not healthy: {error!r}")
         return 0
     if command[:2] == ["serve", "run"] and command[-1].endswith((".yaml", ".yml")):
         return serve(command)

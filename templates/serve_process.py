@@ -110,7 +110,8 @@ class Server:
             process.kill()
         self.process.wait(10)
         shutil.rmtree(self.scratch, ignore_errors=True)
-        assert not late, f"still running 30 s after SIGTERM: {late.values()}"
+        if late:
+            raise AssertionError(f"still running 30 s after SIGTERM: {late.values()}")
 
     def processes(self, part=""):
         """Return {process: command line} of what it has started, with `part` in that line."""
@@ -126,7 +127,7 @@ class Server:
                 pass
         return found
 
-    def wait(self, seconds=90):
+    def wait(self, seconds=120):
         """Wait until the app answers, and return the server; fail with the log if it does not."""
         health = self.route.rstrip("/") + "/health"
         end = time.monotonic() + seconds

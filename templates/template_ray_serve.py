@@ -22,7 +22,7 @@ import logging
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from click import ClickException
@@ -37,7 +37,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 # YOUR CODE: imports
 import unicodedata
 from collections.abc import Iterator
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from sentencex import segment
@@ -346,7 +346,7 @@ def load_model(settings: Settings, threads: int) -> Model:
     name = settings.model or (str(MODEL_FOLDER) if MODEL_FOLDER.is_dir() else "")
     try:
         model = Model(name, settings, threads)
-        check_answers(model, Path(name))
+        check_answers(model, read_known_answers(Path(name)) if name else [])
     except Exception as error:  # no folder, no hub, a broken file, a missing package, ...
         reason = (str(error).splitlines() or [repr(error)])[0]
         raise RuntimeError(
@@ -357,9 +357,8 @@ def load_model(settings: Settings, threads: int) -> Model:
     return model
 
 
-def check_answers(model: Model, folder: Path) -> None:
+def check_answers(model: Model, known: list[dict[str, Any]]) -> None:
     """Raise ValueError, in one line, unless the model gives each answer that came with it."""
-    known = read_known_answers(folder) if folder.name else []
     for case in known or [{"request": EXAMPLE}]:
         body = json.dumps(case["request"])
         request = ModelRequest.model_validate_json(body)
@@ -563,7 +562,7 @@ async def read(request: Request, max_bytes: int) -> ModelRequest:
 
 
 def model_failed(error: Exception) -> HTTPException:
-    """Return what the client gets. Log where it failed without the message, which may quote text."""
+    """Return what the client gets; log where it failed, without a message that may quote it."""
     frames = traceback.extract_tb(error.__traceback__)
     places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
     name = type(error).__name__

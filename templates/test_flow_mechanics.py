@@ -83,12 +83,13 @@ def fit(model, examples, settings, folder, save_checkpoint, log):
 
 def save(model, folder):
     Path(folder, "toy.json").write_text(json.dumps(model))
-    Path(folder, "bytes.bin").write_bytes(bytes(range(256)))
+    Path(folder, "parts").mkdir()
+    Path(folder, "parts/bytes.bin").write_bytes(bytes(range(256)))
     Path(folder, "empty").touch()
 
 
 def load(folder):
-    assert Path(folder, "bytes.bin").read_bytes() == bytes(range(256))
+    assert Path(folder, "parts/bytes.bin").read_bytes() == bytes(range(256))
     assert Path(folder, "empty").read_bytes() == b""
     return json.loads(Path(folder, "toy.json").read_text())
 
@@ -111,28 +112,48 @@ def known_answers(examples, outputs):
 """
 
 
+def cut(text):
+    """Return the flow up to your section, your section, and the flow after it."""
+    before, _, rest = text.partition(BEGIN)
+    section, _, after = rest.partition(END)
+    return before, section, after
+
+
 def with_toy(text):
     """Return the text of the flow with the toy task in place of yours."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
+    before, _, after = cut(text)
     # The toy runs without your parameters.
-    return before.replace("required=True", "required=False") + BEGIN + TOY + END + after
+    before = before.replace("required=True", "required=False")
+    return before + BEGIN + TOY + END + after
 
 
 def move_section(text, module):
     """Return (the flow, its marked section) with an import of the section in its place."""
-    before, _, rest = text.partition(BEGIN)
-    section, _, after = rest.partition(END)
-    return f"{before}{BEGIN}from {module} import *\n\n{END}{after}", section
+    before, section, after = cut(text)
+    statement = f"from {module} import *\n\n"
+    return before + BEGIN + statement + END + after, section
+
+
+def imports_without_metaflow(text):
+    """Return the import statements above your section, but those of Metaflow."""
+    before, _, _ = cut(text)
+    imports = []
+    for statement in ast.parse(before).body:
+        source = ast.get_source_segment(before, statement)
+        is_import = isinstance(statement, (ast.Import, ast.ImportFrom))
+        if is_import and "metaflow" not in source:
+            imports.append(source)
+    return imports
 
 
 def clean_environment(folder):
     """Return the environment in which everything that Metaflow writes goes to `folder`."""
+    import_path = [str(FLOW.parent), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
         "METAFLOW_HOME": str(folder / "none"),
         "METAFLOW_CLIENT_CACHE_PATH": str(folder / "cache"),
-        "PYTHONPATH": os.pathsep.join([str(FLOW.parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(import_path),
     }
 
 
@@ -153,8 +174,15 @@ def python(folder, *arguments, seconds=300, **environment):
 
 def run(folder, *arguments, command=("run",), flow=FLOW, seconds=300, **environment):
     """Run the flow in `folder`; return (exit code, everything it printed)."""
-    command = [str(flow), "--no-pylint", *command, *arguments]
-    return python(folder, *command, seconds=seconds, **environment)
+    return python(
+        folder,
+        str(flow),
+        "--no-pylint",
+        *command,
+        *arguments,
+        seconds=seconds,
+        **environment,
+    )
 
 
 def artifacts(folder, step):
@@ -180,20 +208,44 @@ sys.stdout.buffer.write(pickle.dumps({{artifact.id: artifact.data for artifact i
 
 def cards(folder, step):
     """Return what the HTML cards of the newest run's step show, as JSON."""
-    runs = (folder / f".metaflow/mf.cards/{CLASS}/runs").iterdir()
-    newest = max(runs, key=lambda path: int(path.name))
+    runs = folder / f".metaflow/mf.cards/{CLASS}/runs"
+    newest = max(runs.iterdir(), key=lambda path: int(path.name))
     shown = []
     for file in newest.glob(f"steps/{step}/tasks/*/cards/*.html"):
         # <script>... window.__MF_DATA__["CARD"] = "BASE64" ...</script>
-        for data in re.findall(r'__MF_DATA__\["[^"]+"\] = "([^"]+)"', file.read_text("utf-8")):
+        html = file.read_text("utf-8")
+        for data in re.findall(r'__MF_DATA__\["[^"]+"\] = "([^"]+)"', html):
             content = json.loads(base64.b64decode(data))
             shown.append(json.dumps(content, ensure_ascii=False))
     return shown
 
 
+def assert_card_shows(folder, step, *texts):
+    """Fail unless one card of the newest run's step shows all of these texts."""
+    shown = cards(folder, step)
+    assert any(all(text in card for text in texts) for card in shown), shown
+
+
+def assert_fails_in_one_line(code, output, expected):
+    """Fail unless a command failed with the expected message and without a traceback."""
+    assert code != 0, output
+    assert expected in output, output
+    assert "Traceback" not in output, output
+
+
+ALL_STEPS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+
+
 def toy_steps(output):
     """Return the numbers of the training steps that were done, in order."""
-    return [int(number) for number in re.findall(r"toy step (\d+)", output)]
+    numbers = re.findall(r"toy step (\d+)", output)
+    return [int(number) for number in numbers]
+
+
+def assert_finishes(code, output, steps):
+    """Fail unless a run of the toy succeeded and did these training steps."""
+    assert code == 0, output
+    assert toy_steps(output) == steps, output
 
 
 @pytest.fixture(scope="module")
@@ -237,119 +289,181 @@ def finished(toy_flow, tmp_path_factory):
     return folder, output
 
 
-def test_a_run_prints_what_came_out_and_what_comes_next(finished):
-    folder, output = finished
-    found = artifacts(folder, "evaluate")
-    counts = f"{len(found['training'])} to train on, {len(found['held_out'])} held out"
+@pytest.fixture(scope="module")
+def evaluated(finished):
+    """The artifacts of the finished run."""
+    folder, _ = finished
+    return artifacts(folder, "evaluate")
+
+
+def test_a_run_prints_what_came_out_and_what_comes_next(finished, evaluated):
+    _, output = finished
+    training = len(evaluated["training"])
+    held_out = len(evaluated["held_out"])
+    counts = f"{training} to train on, {held_out} held out"
     assert f"] examples: {counts}\n" in output
-    assert found["examples_used"].startswith(f"{counts}, SHA-256 ")
-    assert toy_steps(output) == list(range(1, 11))
-    scores = f"{METRIC} {MINIMUM + 1:#.4g}, baseline_{METRIC} {MINIMUM + 0.5:#.4g}"
-    assert f"] held-out scores: {scores}\n" in output
+    assert evaluated["examples_used"].startswith(f"{counts}, SHA-256 ")
+    assert toy_steps(output) == ALL_STEPS
+    score = f"{METRIC} {MINIMUM + 1:#.4g}"
+    baseline = f"baseline_{METRIC} {MINIMUM + 0.5:#.4g}"
+    assert f"] held-out scores: {score}, {baseline}\n" in output
     assert "] next: python export_model.py" in output
-    assert "Done!" in output and "Traceback" not in output
+    assert "Done!" in output
+    assert "Traceback" not in output
 
 
-def test_artifacts_are_plain_data(finished):
-    found = artifacts(finished[0], "evaluate")
-    assert found["examples"] == [(f"number {number}", number) for number in range(200)]
-    assert sorted(found["training"] + found["held_out"]) == sorted(found["examples"])
-    assert found["scores"] == {METRIC: MINIMUM + 1, f"baseline_{METRIC}": MINIMUM + 0.5}
-    assert len(found["losses"]) == 10 and found["losses"][-1] == {"step": 10, "loss": 0.0}
-    assert set(found["model"]) == {"toy.json", "bytes.bin", "empty"}
-    text, number = found["held_out"][0]
-    assert found["known_answers"][0] == ({"text": text}, {"number": number})
+def test_artifacts_are_plain_data(evaluated):
+    examples = evaluated["examples"]
+    assert examples == [(f"number {number}", number) for number in range(200)]
+    sides = evaluated["training"] + evaluated["held_out"]
+    assert sorted(sides) == sorted(examples)
+    scores = evaluated["scores"]
+    assert scores == {
+        METRIC: MINIMUM + 1,
+        f"baseline_{METRIC}": MINIMUM + 0.5,
+    }
+    losses = evaluated["losses"]
+    assert len(losses) == 10
+    assert losses[-1] == {"step": 10, "loss": 0.0}
+    files = evaluated["model"]
+    assert set(files) == {
+        "toy.json",
+        "parts/bytes.bin",
+        "empty",
+    }
+    text, number = evaluated["held_out"][0]
+    request, answer = evaluated["known_answers"][0]
+    assert request == {"text": text}
+    assert answer == {"number": number}
 
 
-def test_training_card_draws_the_losses_of_this_run(finished):
-    losses = json.dumps(artifacts(finished[0], "train")["losses"])
-    shown = cards(finished[0], "train")
-    assert any(losses in card and "W&B: offline" in card for card in shown)
+def test_training_card_draws_the_losses_of_this_run(finished, evaluated):
+    folder, _ = finished
+    losses = json.dumps(evaluated["losses"])
+    assert_card_shows(folder, "train", losses, "W&B: offline")
 
 
-def test_evaluation_card_shows_scores_and_tables(finished):
-    text, _ = artifacts(finished[0], "evaluate")["held_out"][0]
-    shown = cards(finished[0], "evaluate")
-    assert any(all(word in card for word in (METRIC, "Toy samples", text)) for card in shown)
+def test_evaluation_card_shows_scores_and_tables(finished, evaluated):
+    folder, _ = finished
+    text, _ = evaluated["held_out"][0]
+    assert_card_shows(folder, "evaluate", METRIC, "Toy samples", text)
 
 
 def test_offline_run_keeps_what_wandb_is_missing(finished):
     folder, output = finished
     assert output.count("W&B mode: offline") == 2  # train and evaluate
-    kept = [Path(name) for name in re.findall("is missing: wandb sync (.+?) *\n", output)]
-    assert [path.name.split("-")[-2] for path in kept] == ["train", "evaluate"]
-    for path in kept:
-        assert path.parent == folder / "wandb" and path.name.startswith("offline-run-")
-        content = b"".join(file.read_bytes() for file in path.rglob("*") if file.is_file())
+    train, evaluate = re.findall("is missing: wandb sync (.+?) *\n", output)
+    for step, name in {"train": train, "evaluate": evaluate}.items():
+        path = Path(name)
+        assert path.parent == folder / "wandb"
+        assert path.name.startswith("offline-run-")
+        # offline-run-DATE_TIME-FLOW-RUN-STEP-TASK
+        assert path.name.split("-")[-2] == step
+        files = [file for file in path.rglob("*") if file.is_file()]
+        content = b"".join(file.read_bytes() for file in files)
         assert CLASS.encode() in content
-        assert not re.search(rb"/None/|(project|key).{0,9}None", content)
+        assert b"/None/" not in content
+        assert not re.search(rb"(project|key).{0,9}None", content)
 
 
 def test_files_of_a_model_survive(toy):
     model = {"step": 10, "numbers": {"number 7": 7}, "losses": []}
     files = toy.pack(model)
-    assert files["bytes.bin"] == bytes(range(256)) and files["empty"] == b""
+    assert files["parts/bytes.bin"] == bytes(range(256))
+    assert files["empty"] == b""
     assert toy.unpack(files) == model
 
 
 def test_section_works_as_a_module_too(toy_flow, tmp_path):
-    text, section = move_section(toy_flow.read_text("utf-8"), "my_work")
-    assert "def fit" in section and "def fit" not in text
-    (tmp_path / FLOW.name).write_text(text, "utf-8")
+    text = toy_flow.read_text("utf-8")
+    flow_text, section = move_section(text, "my_work")
+    assert "def fit" in section
+    assert "def fit" not in flow_text
+    flow = tmp_path / FLOW.name
+    flow.write_text(flow_text, "utf-8")
     settings = f"METRIC = {METRIC!r}\nMINIMUM = {MINIMUM!r}\n"
-    (tmp_path / "my_work.py").write_text(settings + section, "utf-8")
-    code, output = run(tmp_path, flow=tmp_path / FLOW.name)
-    assert code == 0 and toy_steps(output) == list(range(1, 11)), output
+    module = tmp_path / "my_work.py"
+    module.write_text(settings + section, "utf-8")
+    code, output = run(tmp_path, flow=flow)
+    assert_finishes(code, output, ALL_STEPS)
 
 
 def test_your_section_needs_no_metaflow(tmp_path):
     text = FLOW.read_text("utf-8")
-    _, section = move_section(text, "moved_work")
-    imports = []
-    for statement in ast.parse(text.partition(BEGIN)[0]).body:
-        source = ast.get_source_segment(text, statement)
-        if isinstance(statement, (ast.Import, ast.ImportFrom)) and "metaflow" not in source:
-            imports.append(source)
-    (tmp_path / "moved_work.py").write_text("\n".join([*imports, section]), "utf-8")
+    _, section, _ = cut(text)
+    statements = [*imports_without_metaflow(text), section]
+    module = tmp_path / "moved_work.py"
+    module.write_text("\n".join(statements), "utf-8")
     script = "import sys; sys.modules['metaflow'] = None; from moved_work import *; print(fit, key)"
     code, output = python(tmp_path, "-c", script)
-    assert code == 0 and "<function fit" in output, output
+    assert code == 0, output
+    assert "<function fit" in output, output
 
 
 # -- What the settings decide ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, value", [("METAFLOW_PROFILE", "local"), ("WANDB_MODE", "disabled")])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("METAFLOW_PROFILE", "local"),
+        ("WANDB_MODE", "disabled"),
+    ],
+)
 def test_check_passes_lint_in_any_setting(name, value, tmp_path):
-    (tmp_path / "config_local.json").write_text("{}")
-    environment = {"METAFLOW_HOME": str(tmp_path), name: value}
+    profile = tmp_path / "config_local.json"
+    profile.write_text("{}")
+    environment = {
+        "METAFLOW_HOME": str(tmp_path),
+        name: value,
+    }
     code, output = python(tmp_path, str(FLOW), "check", seconds=60, **environment)
-    assert code == 0 and "Pylint is happy" in output, output
+    assert code == 0, output
+    assert "Pylint is happy" in output, output
 
 
 def test_importing_the_flow_loads_nothing_heavy(tmp_path):
     heavy = {"torch", "transformers", "wandb", "ray"}
     script = f"import sys, {FLOW.stem}; print(sorted({heavy} & set(sys.modules)))"
-    assert python(tmp_path, "-c", script, seconds=60) == (0, "[]\n")
+    code, output = python(tmp_path, "-c", script, seconds=60)
+    assert code == 0, output
+    assert output == "[]\n"
 
 
 @pytest.mark.parametrize(
     "mistake, message",
-    [("read", "the toy cannot read this"), ("new_model", "the toy has no such base")],
+    [
+        ("read", "the toy cannot read this"),
+        ("new_model", "the toy has no such base"),
+    ],
 )
 def test_a_user_error_is_one_line(mistake, message, run_toy):
     code, output = run_toy(TOY_MISTAKE=mistake)
-    assert code != 0 and output.count(message) == 1, output
-    assert "Traceback" not in output and "UserError" not in output
+    assert_fails_in_one_line(code, output, message)
+    assert output.count(message) == 1, output
+    assert "UserError" not in output, output
 
 
-@pytest.mark.parametrize("missing", [["WANDB_API_KEY", "WANDB_PROJECT"], ["WANDB_PROJECT"]])
+@pytest.mark.parametrize(
+    "missing",
+    [
+        ["WANDB_API_KEY", "WANDB_PROJECT"],
+        ["WANDB_PROJECT"],
+    ],
+)
 def test_tracking_without_a_key_is_one_line(missing, run_toy):
-    environment = {"WANDB_API_KEY": "x" * 40, "WANDB_PROJECT": "mine", "WANDB_MODE": "online"}
-    environment |= dict.fromkeys(missing, "")
+    environment = {
+        "WANDB_API_KEY": "x" * 40,
+        "WANDB_PROJECT": "mine",
+        "WANDB_MODE": "online",
+    }
+    for name in missing:
+        environment[name] = ""
     code, output = run_toy(**environment)
-    assert code != 0 and f"--offline False needs {' and '.join(missing)}, before" in output, output
-    assert "Traceback" not in output and "/train/" not in output
+    names = " and ".join(missing)
+    expected = f"--offline False needs {names}, before"
+    assert_fails_in_one_line(code, output, expected)
+    assert "/train/" not in output, output
 
 
 # -- The gate --------------------------------------------------------------------------------------
@@ -379,101 +493,158 @@ def test_a_good_model_passes(scores, toy):
 
 @pytest.mark.parametrize("scores", BAD, ids=str)
 def test_a_bad_model_fails(scores, toy):
-    with pytest.raises(toy.MetaflowException, match="not good enough: .* with --minimum 0.5"):
+    message = "not good enough: .* with --minimum 0.5"
+    with pytest.raises(toy.MetaflowException, match=message):
         toy.require_quality(scores, 0.5)
 
 
 def test_a_score_that_is_missing_is_named(toy):
+    scores = {"this": 1.0, "that": 2.0}
     message = f"METRIC is '{METRIC}', but score.. returned this, that"
     with pytest.raises(toy.MetaflowException, match=message):
-        toy.require_quality({"this": 1.0, "that": 2.0}, 0.5)
+        toy.require_quality(scores, 0.5)
 
 
-@pytest.mark.parametrize("arguments, score", [([f"--minimum={MINIMUM + 1}"], None), ([], "nan")])
-def test_a_bad_model_ends_the_run_in_one_line(arguments, score, run_toy, tmp_path):
-    environment = {"TOY_SCORE": score} if score else {}
+@pytest.mark.parametrize(
+    "arguments, environment",
+    [
+        ([f"--minimum={MINIMUM + 1}"], {}),
+        ([], {"TOY_SCORE": "nan"}),
+    ],
+    ids=["minimum", "NaN"],
+)
+def test_a_bad_model_ends_the_run_in_one_line(arguments, environment, run_toy, tmp_path):
     code, output = run_toy(*arguments, **environment)
-    assert code != 0 and "not good enough: " in output and "Traceback" not in output, output
-    assert "held-out scores" not in output
-    assert METRIC in artifacts(tmp_path, "evaluate")["scores"]
+    assert_fails_in_one_line(code, output, "not good enough: ")
+    assert "] held-out scores: " in output
+    assert "] next: " not in output
+    # What tells why is kept: the scores, the card and the model.
+    found = artifacts(tmp_path, "evaluate")
+    assert METRIC in found["scores"]
+    assert "toy.json" in found["model"]
+    assert_card_shows(tmp_path, "evaluate", METRIC, "Toy samples")
 
 
 # -- The split -------------------------------------------------------------------------------------
 
 
+def numbered_examples(count):
+    """Return so many examples; every text comes again after a thousand others."""
+    return [(f"text {number % 1000}", number) for number in range(count)]
+
+
 def test_split_never_leaks_and_does_not_move_when_data_grows(toy):
-    examples = [(f"text {number % 1000}", number) for number in range(3000)]
+    examples = numbered_examples(3000)
     training, held_out = toy.split(examples)
-    assert not {text for text, _ in training} & {text for text, _ in held_out}
+    training_texts = {text for text, _ in training}
+    held_out_texts = {text for text, _ in held_out}
+    assert training_texts.isdisjoint(held_out_texts)
     assert sorted(training + held_out) == sorted(examples)
-    assert 0.05 < len(held_out) / len(examples) < 0.2
+    share = len(held_out) / len(examples)
+    assert 0.05 < share < 0.2
     fewer = examples[:500]
-    assert set(toy.split(fewer)[1]) == set(held_out) & set(fewer)
-    assert toy.split(examples) == (training, held_out)
+    _, held_out_of_fewer = toy.split(fewer)
+    expected = set(held_out) & set(fewer)
+    assert set(held_out_of_fewer) == expected
+    again = toy.split(examples)
+    assert again == (training, held_out)
 
 
 def test_tiny_data_still_holds_something_out(toy):
     for count in range(2, 40):
-        examples = [(f"text {number}", number) for number in range(count)]
+        examples = numbered_examples(count)
         training, held_out = toy.split(examples)
-        assert training and held_out and len(training) + len(held_out) == count
+        assert training
+        assert held_out
+        assert len(training) + len(held_out) == count
 
 
-@pytest.mark.parametrize("keys", [[], ["same"], ["same"] * 100])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [],
+        ["same"],
+        ["same"] * 100,
+    ],
+)
 def test_too_few_examples_to_hold_any_out(keys, toy):
     examples = [(key, number) for number, key in enumerate(keys)]
-    with pytest.raises(toy.MetaflowException, match=f"^{len(keys)} examples are too few to train"):
+    message = f"^{len(keys)} examples are too few to train"
+    with pytest.raises(toy.MetaflowException, match=message):
         toy.split(examples)
 
 
 def test_large_data_is_scored_evenly(toy):
     for count in (1, 9, 10, 11, 19, 99, 1000):
         chosen = toy.at_most(10, range(count))
-        assert min(count, 5) <= len(chosen) <= 10
-        assert chosen[0] == 0 and chosen[-1] >= count * 0.8 - 1
+        assert len(chosen) >= min(count, 5)
+        assert len(chosen) <= 10
+        assert chosen[0] == 0
+        assert chosen[-1] >= count * 0.8 - 1
 
 
 # -- Interrupted runs ------------------------------------------------------------------------------
 
-
-def run_id(output):
-    return re.search(r"run-id (\d+)", output)[1]
+REMAINING_STEPS = [5, 6, 7, 8, 9, 10]
 
 
-def test_resume_continues_from_the_last_checkpoint(run_toy, finished, tmp_path):
-    code, output = run_toy(TOY_DIES_AFTER="4")  # kill -9
-    assert code != 0 and toy_steps(output) == [1, 2, 3, 4], output
-    code, output = run_toy(command=("resume",))
-    assert code == 0 and toy_steps(output) == [5, 6, 7, 8, 9, 10], output
-    unbroken = artifacts(finished[0], "evaluate")
+@pytest.fixture
+def break_toy(run_toy):
+    """A function that runs the toy, which dies after four steps (kill -9); returns its output."""
+
+    def break_it(**environment):
+        code, output = run_toy(TOY_DIES_AFTER="4", **environment)
+        assert code != 0, output
+        assert toy_steps(output) == [1, 2, 3, 4], output
+        return output
+
+    return break_it
+
+
+@pytest.fixture
+def resume_toy(run_toy):
+    """A function that resumes the newest run, or the one that its options name."""
+
+    def resume_it(*options, **environment):
+        command = ("resume", *options)
+        return run_toy(command=command, **environment)
+
+    return resume_it
+
+
+def test_resume_continues_from_the_last_checkpoint(break_toy, resume_toy, evaluated, tmp_path):
+    break_toy()
+    code, output = resume_toy()
+    assert_finishes(code, output, REMAINING_STEPS)
     resumed = artifacts(tmp_path, "evaluate")
-    assert resumed["model"] == unbroken["model"] and resumed["losses"] == unbroken["losses"]
+    assert resumed["model"] == evaluated["model"]
+    assert resumed["losses"] == evaluated["losses"]
 
 
-def test_resume_continues_the_run_of_another_user(run_toy):
-    code, broken = run_toy(TOY_DIES_AFTER="4", METAFLOW_USER="somebody")
-    assert code != 0, broken
-    resume = ("resume", "--origin-run-id", run_id(broken))
-    code, output = run_toy(command=resume, METAFLOW_USER="another")
-    assert code == 0 and toy_steps(output) == [5, 6, 7, 8, 9, 10], output
+def test_resume_continues_the_run_of_another_user(break_toy, resume_toy):
+    broken = break_toy(METAFLOW_USER="somebody")
+    run_id = re.search(r"run-id (\d+)", broken)[1]
+    code, output = resume_toy("--origin-run-id", run_id, METAFLOW_USER="another")
+    assert_finishes(code, output, REMAINING_STEPS)
 
 
 def test_retry_continues_from_the_last_checkpoint(run_toy):
-    retry = ("--with", "retry:times=1,minutes_between_retries=0")
-    code, output = run_toy(*retry, TOY_DIES_AFTER="4")
-    assert code == 0 and toy_steps(output) == list(range(1, 11)), output
+    retry = "retry:times=1,minutes_between_retries=0"
+    code, output = run_toy("--with", retry, TOY_DIES_AFTER="4")
+    assert_finishes(code, output, ALL_STEPS)
 
 
 @pytest.mark.parametrize("mistake", ["read", "new_model"])
-def test_resume_of_a_run_without_a_checkpoint_starts_at_the_first_step(mistake, run_toy):
+def test_resume_of_a_run_without_a_checkpoint_starts_at_the_first_step(
+    mistake, run_toy, resume_toy
+):
     code, output = run_toy(TOY_MISTAKE=mistake)
     assert code != 0, output
-    code, output = run_toy(command=("resume",))
-    assert code == 0 and toy_steps(output) == list(range(1, 11)), output
+    code, output = resume_toy()
+    assert_finishes(code, output, ALL_STEPS)
 
 
-def test_a_new_run_takes_nothing_from_an_older_one(run_toy):
-    code, output = run_toy(TOY_DIES_AFTER="4")
-    assert code != 0, output
+def test_a_new_run_takes_nothing_from_an_older_one(break_toy, run_toy):
+    break_toy()
     code, output = run_toy()
-    assert code == 0 and toy_steps(output) == list(range(1, 11)), output
+    assert_finishes(code, output, ALL_STEPS)

@@ -12,7 +12,6 @@ import asyncio
 import html
 import importlib.util
 import json
-import shutil
 import subprocess
 import sys
 import threading
@@ -101,7 +100,7 @@ class Model:
 
 
 def parts_of(app):
-    """Return (head, imports, settings, work, mechanics), which joined by their marks are the app."""
+    """Return (head, imports, settings, work, mechanics) of the app, as its marks part it."""
     head, rest = app.split("# YOUR CODE: imports\n")
     imports, rest = rest.split("# -- 1.", 1)
     settings, rest = rest.split("# YOUR CODE: begin\n")
@@ -110,14 +109,17 @@ def parts_of(app):
 
 
 def used_by(settings, imports):
-    """Return those of your imports that your settings need."""
-    names = {node.id for node in ast.walk(ast.parse(settings)) if isinstance(node, ast.Name)}
-    needed = []
+    """Return your imports without those that only your work needs."""
+    code = ast.walk(ast.parse(imports + settings))
+    used = {node.id for node in code if isinstance(node, ast.Name)}
+    kept = []
     for statement in ast.parse(imports).body:
-        bound = {alias.asname or alias.name.split(".")[0] for alias in statement.names}
-        if bound & names:
-            needed.append(ast.unparse(statement) + "\n")
-    return "".join(needed)
+        if isinstance(statement, ast.Import | ast.ImportFrom):
+            names = {alias.asname or alias.name.split(".")[0] for alias in statement.names}
+            if not names & used:
+                continue
+        kept.append(ast.unparse(statement) + "\n")
+    return "".join(kept)
 
 
 def write_toy(folder, moved=False):
@@ -298,6 +300,7 @@ def test_no_line_of_a_log_holds_a_text(server):
     logs = [server.log, *filter(Path.is_file, written)]
     assert len(logs) > 5
     assert not [path for path in logs if b"canary-7f3a" in path.read_bytes()]
+    assert "ValueError at template_ray_serve.py:" in server.log.read_text()  # but where it failed
 
 
 # -- Limits ----------------------------------------------------------------------------------------
@@ -456,7 +459,7 @@ def test_without_known_answers_the_example_is_tried(app, tmp_path, monkeypatch):
 
 def test_the_example_is_the_first_known_answer(tmp_path):
     write_toy(tmp_path)
-    write_model(tmp_path / "model", [("known", "KNOWN!")])
+    write_model(tmp_path / "model", [("known", "KNOWN!"), ("other", "OTHER!")])
     app = imported(tmp_path)
     assert app.EXAMPLE == app.BODY["example"] == {"text": "known"}
     app.load_model(app.Settings(), threads=1)  # the folder `model/` beside the app
@@ -510,7 +513,7 @@ def outputs_of(app, spy, inputs, cancelled=()):
         await first
         return await asyncio.gather(*outputs, return_exceptions=True)
 
-    return asyncio.run(submit_all())
+    return asyncio.run(asyncio.wait_for(submit_all(), timeout=30))
 
 
 def test_a_batch_holds_what_came_meanwhile_and_like_sizes(app):
@@ -528,11 +531,7 @@ def test_an_input_that_fails_harms_no_other(app):
 
 
 def test_a_wrong_number_of_outputs_answers_nobody_with_the_output_of_another(app):
-    async def submit():
-        batcher = app.Batcher(Spy(missing=1), max_batch_size=4, thread=ThreadPoolExecutor(1))
-        return await asyncio.gather(batcher.submit([1]), batcher.submit([2]))
-
-    for output in asyncio.run(submit()):
+    for output in outputs_of(app, Spy(missing=1), [[1], [2]]):
         assert isinstance(output, ValueError)
         assert str(output) == "0 outputs for 1 inputs"
 
@@ -634,13 +633,3 @@ def test_the_config_has_nothing_blank_and_its_limits_fit_together(config, folder
     longest = settings.timeout_s + settings.body_timeout_s
     assert config["http_options"]["request_timeout_s"] >= longest
     assert deployment["graceful_shutdown_timeout_s"] >= config["http_options"]["request_timeout_s"]
-
-
-def test_the_config_serves(config, tmp_path):
-    write_toy(tmp_path)
-    shutil.copy(CONFIG, tmp_path)
-    deployment = config["applications"][0]["deployments"][0]
-    cpus = deployment.get("ray_actor_options", {}).get("num_cpus", 1)
-    with Server(tmp_path, "run", "serve_config.yaml", cpus=cpus) as server:
-        server.wait()
-        assert server.ask(body={"text": "hello"}) == (200, {"loud": "HELLO!"})

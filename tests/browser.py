@@ -1,4 +1,4 @@
-"""Pages as a reader sees them: the document after its scripts have run, and a picture of it, by headless Chromium."""
+"""Pages as a reader sees them, by headless Chromium: the document after its scripts, a picture."""
 
 import os
 import shutil
@@ -7,7 +7,8 @@ import subprocess
 import tempfile
 
 FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+    "--disable-background-networking "
     "--disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars"
 ).split()
 
@@ -18,10 +19,14 @@ def find():
 
 
 def look(url, png=None, ms=5000, size="1000,800"):
-    """Return the HTML, `ms` milliseconds of the page's own time after loading; draw it into a PNG file if named."""
+    """Return the HTML, `ms` milliseconds of the page's own time after loading.
+
+    Draw it into a PNG file if one is named.
+    """
     picture = [f"--screenshot={png}"] if png else []
     with tempfile.TemporaryDirectory(prefix="browser-", ignore_cleanup_errors=True) as profile:
-        # A bus address that is no bus spares a failed look for one; all that the browser writes stays in `profile`.
+        # A bus address that is no bus spares a failed look for one. All that the browser writes
+        # stays in `profile`.
         environment = {
             **os.environ,
             "HOME": profile,

@@ -1,9 +1,10 @@
-"""Break the server and the flow on purpose, count what is lost, and write docs/reliability.md: `make faults`.
+"""Break the server and the flow on purpose and count what is lost: `make faults`.
 
     python tests/faults.py [--times 10] [--seconds 300] [--minutes 30] [--only NAME ...]
 
-Every answer is compared with the right one. Half of the clients take the first answer as it is, the other half try
-again as docs/serve.md says. Everything runs on this machine, on loopback, and ends with it.
+Every answer is compared with the right one. Half of the clients take the first answer as it is, the
+other half try again as docs/serve.md says. Everything runs on this machine, on loopback, and ends
+with it. The results go into docs/reliability.md.
 """
 
 import argparse
@@ -46,13 +47,15 @@ sys.path[:0] = [str(HERE), str(TEMPLATES)]
 
 from load import Load  # noqa: E402
 from remote import pods  # noqa: E402
+from serve_process import Server  # noqa: E402
 from test_remote import KEYS  # noqa: E402
 from test_serve_cluster import Cluster as ContainerCluster  # noqa: E402
 from test_serve_hostile import log_files  # noqa: E402
 from test_serve_image import FILES, Container, build  # noqa: E402
+from test_serve_load import with_code_in_call  # noqa: E402
 from test_serve_nodes import lose_node, make_app, three_nodes  # noqa: E402
 from test_template_flow import FLOW, artifacts, clean_environment  # noqa: E402
-from test_template_ray_serve import PAIRS, Server  # noqa: E402
+from test_template_ray_serve import PAIRS  # noqa: E402
 from test_tracking import KEY  # noqa: E402
 from wandb_stand_in import StandIn  # noqa: E402
 
@@ -60,7 +63,7 @@ PAGE = HERE.parent / "docs/reliability.md"
 
 
 def since(load, at):
-    """(in flight at that time, lost by those who ask once, by those who try again, wrong, seconds to recover)."""
+    """(in flight then, lost by who asks once, by who tries again, wrong, recovery in s)."""
     lost = [each for each in load.lost() if each.end > at]
     again = sum(each.again for each in lost)
     return (
@@ -74,7 +77,7 @@ def since(load, at):
 
 @contextlib.contextmanager
 def under_load(results, warm, *ports):
-    """Eight clients, four of which try again; what `since` says of the time after `warm` seconds joins the results."""
+    """Eight clients, four of which try again; `since` of what follows `warm` joins the results."""
     with Load(*ports, clients=8, again=True) as load:
         time.sleep(warm)
         at = time.monotonic()
@@ -121,7 +124,10 @@ def leave_at_once(server, number):
     import socket
 
     body = b'{"text": "Thank you."}'
-    head = b"POST /translate HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    head = (
+        b"POST /translate HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n"
+    )
     lines = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(200)]
     for line in lines:
         line.sendall(head % len(body) + body)
@@ -241,7 +247,7 @@ def serve_faults(folder, names, times, pause=4):
 
 
 def told_to_stop(container, load):
-    """SIGTERM: what has begun is answered. What comes later is for another container, so the clients end too."""
+    """SIGTERM: what has begun is answered. The clients end too: what comes later is for others."""
     pods.docker("kill", "--signal=SIGTERM", container.id)
     load.over.set()
     pods.docker("wait", container.id)
@@ -255,12 +261,12 @@ def killed(container, load):
 
 
 IMAGE = "template_rayserve_image:faults"
-# What somebody's model might do, at its mark in the app.
+# What somebody's model might do.
 GREEDY = """
-        if Path("/tmp/greedy").exists():
-            Path("/tmp/greedy").unlink()
-            held = [b"x" * 100_000_000 for _ in range(40)]
-            raise ValueError(f"took {len(held)} times 100 MB")
+if Path("/tmp/greedy").exists():
+    Path("/tmp/greedy").unlink()
+    held = [b"x" * 100_000_000 for _ in range(40)]
+    print("took 40 times 100 MB")
 """
 
 
@@ -285,7 +291,7 @@ HEAD_LOST = "head of a cluster killed"
 
 
 def container_faults(folder, names, times):
-    """The image, with one replica: what stands still while it starts again is lost to those who ask once."""
+    """The image, with one replica: who asks once loses what comes while it starts again."""
     wanted = [name for name in CONTAINER if name in names]
     if not wanted and HEAD_LOST not in names:
         return
@@ -293,9 +299,7 @@ def container_faults(folder, names, times):
     for name in FILES:
         shutil.copy(TEMPLATES / name, folder)
     build(folder, IMAGE)
-    app = (folder / "template_ray_serve.py").read_text()
-    mark = re.search(r"\n        # YOUR CODE: .*", app).end()
-    (folder / "greedy.py").write_text(app[:mark] + GREEDY.rstrip() + app[mark:])
+    (folder / "greedy.py").write_text(with_code_in_call(GREEDY), "utf-8")
     mount = (
         f"--mount=type=bind,source={folder / 'greedy.py'},target=/serve_app/template_ray_serve.py"
     )
@@ -318,7 +322,7 @@ def container_faults(folder, names, times):
 
 
 def head_lost(config, results):
-    """The head of a cluster of containers is killed; another cluster takes over, as KubeRay has it."""
+    """The head of a cluster of containers is killed; another one takes over, as with KubeRay."""
     clusters = []
     try:
         clusters.append(ContainerCluster(IMAGE, config, workers=2))
@@ -356,7 +360,7 @@ EPOCHS = ("--epochs", "8")
 
 
 def outcome(folder, right, begin, runs=1, lost=0):
-    """A tuple as `since` gives it, of runs that began then; wrong is a model other than the right one."""
+    """A tuple as `since` gives it, of runs that began then; wrong is any other model."""
     return runs, lost, lost, int(model_of(folder) != right), time.monotonic() - begin
 
 
@@ -411,7 +415,7 @@ def two_at_once(folder, right, seconds):
 
 
 def disk_full(folder, right, seconds):
-    """The disk is full when an artifact is written: a clear end, and once there is room, `resume` does the rest."""
+    """The disk is full: a clear end, and once there is room, `resume` does the rest."""
     # The model, its checkpoints and the code take 20 MB or so.
     subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={random.randint(2, 8)}m", "tmpfs", folder], check=True
@@ -427,7 +431,7 @@ def disk_full(folder, right, seconds):
 
 
 def exporter(folder):
-    """The command of an export that replaces a model, in a folder with a run of the right model and the script."""
+    """The command of an export that replaces a model, in a folder with a run of the right one."""
     if not (folder / "model").exists():
         assert flow(folder, *EPOCHS).wait(200) == 0
     shutil.copy(TEMPLATES / "export_model.py", folder)
@@ -435,7 +439,7 @@ def exporter(folder):
 
 
 def export_interrupted(folder, right, seconds):
-    """kill -9 of an export that replaces a model, again and again: there is the old model, or the new one, whole."""
+    """kill -9 of an export that replaces a model: there is the old one, or the new one, whole."""
     command = exporter(folder)
     subprocess.run(
         command,
@@ -527,7 +531,7 @@ def s3_errors(folder, right, seconds):
 
 
 def wandb_dies(folder, right, seconds):
-    """The W&B server ends, or answers nothing any more, as soon as the run has begun: the training goes on."""
+    """The W&B server ends, or freezes, as soon as the run has begun: the training goes on."""
     begin = time.monotonic()
     with (
         StandIn(random.choice(["dies", "freezes"])) as server,
@@ -595,7 +599,7 @@ PARTS = ("ServeReplica", "ProxyActor", "ServeController", "raylet/raylet", "gcs_
 
 
 def sample(server):
-    """{(process, what): figure}: memory in MB, open files and threads of each process, and MB of all logs."""
+    """{(process, what): figure}: memory, open files, threads of each process, and all logs."""
     found = {}
     for part in PARTS:
         for process in server.processes(part):
@@ -618,7 +622,7 @@ def nonsense(server, over):
 
 
 def long_run(folder, names, minutes):
-    """(figure of a process, minutes, after a fifth, at the end, requests, wrong) under mixed load; and a picture."""
+    """(figure, minutes, after a fifth, at the end, requests, wrong) under mixed load; a picture."""
     if "long run" not in names:
         return
     config, samples, over = make_app(folder, replicas=1), [], threading.Event()
@@ -768,8 +772,9 @@ HEADS = {
 
 
 def write(tables):
-    """Put the rows between their marks in the page, each in the place of an earlier one of its name."""
-    how = f"{date.today()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, Ray {ray.__version__}"
+    """Put the rows between their marks in the page, in place of earlier ones of their names."""
+    python = platform.python_version()
+    how = f"{date.today()}, {os.cpu_count()} CPUs, Python {python}, Ray {ray.__version__}"
     text = re.sub(
         r"(<!-- how -->\n).*?\n(<!-- end -->)",
         rf"\g<1>{how}\n\2",

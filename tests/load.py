@@ -1,4 +1,4 @@
-"""Clients that ask a server all the time, and keep every answer with what would have been the right one."""
+"""Clients that ask a server all the time, and compare every answer with the right one."""
 
 import itertools
 import random
@@ -25,7 +25,7 @@ RETRY = urllib3.Retry(
 
 
 class Answer(NamedTuple):
-    """What came back: `status` 0 for nothing, `right` if it is what PAIRS says; `again`: from a client that retries."""
+    """What came back. `status` 0: nothing; `right`: it is in PAIRS; `again`: the client retries."""
 
     begin: float
     end: float
@@ -38,7 +38,7 @@ class Answer(NamedTuple):
 
 
 class Load:
-    """`clients` threads that ask, each time the next of `ports`; every other one tries again if `again`."""
+    """`clients` threads that ask the next of `ports`; if `again`, every other one retries."""
 
     def __init__(self, *ports, clients=4, again=False):
         self.ports, self.answers, self.over = list(ports), [], threading.Event()
@@ -48,14 +48,14 @@ class Load:
         ]
 
     def __enter__(self):
-        for each in self.threads:
-            each.start()
+        for thread in self.threads:
+            thread.start()
         return self
 
     def __exit__(self, *_):
         self.over.set()
-        for each in self.threads:
-            each.join(100)
+        for thread in self.threads:
+            thread.join(100)
 
     def work(self, again):
         texts = random.sample(list(PAIRS), len(PAIRS))
@@ -82,7 +82,7 @@ class Load:
                     time.sleep(0.1)
 
     def lost(self):
-        return [each for each in self.answers if each.status != 200]
+        return [answer for answer in self.answers if answer.status != 200]
 
     def wrong(self):
-        return [each for each in self.answers if each.status == 200 and not each.right]
+        return [answer for answer in self.answers if answer.status == 200 and not answer.right]

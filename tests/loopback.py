@@ -39,7 +39,7 @@ def alone(port):
 
 @contextlib.contextmanager
 def build_options():
-    """What to add to `docker build` where pip has the CPU build of torch in a folder, and not from an index."""
+    """What to add to `docker build` where pip has the CPU build of torch in a folder."""
     settings = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True
     ).stdout

@@ -1,9 +1,11 @@
-"""Write real English-French pairs as a training file: `python tests/real_pairs.py OUT.tsv [--limit N]`.
+"""Write real English-French pairs as a training file.
 
-Source: the French message catalogues of two packages from requirements-dev.txt. Nothing of theirs is imported
-or copied into the repository. One pair a line, text as it is in the catalogue, quotes included, under a header.
-Left out: what is untranslated, fuzzy or obsolete, plurals with a form missing, text of more than one line
-or with a tab (TSV has no way to say it), and exact duplicates of an earlier pair.
+    python tests/real_pairs.py OUT.tsv [--limit N]
+
+Source: the French message catalogues of two packages from requirements-dev.txt. Nothing of theirs
+is imported or copied into the repository. Under a header stands one pair a line, as it is in the
+catalogue, quotes included. Left out: what is untranslated, fuzzy or obsolete, plurals with a form
+missing, text of more than one line or with a tab (TSV cannot hold it), and exact duplicates.
 """
 
 import argparse

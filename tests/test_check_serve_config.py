@@ -1,4 +1,4 @@
-"""check_serve_config.py finds what Ray lets pass, one line a fault, and deploys so that failure is seen."""
+"""check_serve_config.py finds what Ray lets pass, one line per problem, and deploys."""
 
 import copy
 import os
@@ -13,7 +13,9 @@ import yaml
 TEMPLATES = Path(__file__).parents[1] / "templates"
 sys.path.insert(0, str(TEMPLATES))
 
-from test_template_ray_serve import PAIRS, Server, make_model  # noqa: E402
+from serve_process import Server  # noqa: E402
+from test_serve_mechanics import built, different  # noqa: E402
+from test_template_ray_serve import PAIRS, make_model  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -64,6 +66,36 @@ def test_the_shipped_config_is_in_order(check, config):
     assert check(config) == []
 
 
+def test_the_shipped_config_is_what_serve_build_writes_but_for_these(folder, config, tmp_path):
+    deployment = f"{DEPLOYMENT}."
+    router = f"{deployment}request_router_config."  # left out, as the app has it
+    scaling = f"{deployment}autoscaling_config."
+    assert different(config, built(folder, tmp_path / "built.yaml")) == {
+        "grpc_options.port",
+        "grpc_options.grpc_servicer_functions",
+        "grpc_options.enable_reflection",
+        "logging_config.encoding",
+        "logging_config.logs_dir",
+        "logging_config.additional_log_standard_attrs",
+        "http_options.request_timeout_s",
+        f"{APP}.name",
+        f"{APP}.route_prefix",
+        f"{APP}.import_path",
+        f"{APP}.args.max_batch_size",
+        f"{router}request_router_class",
+        f"{router}initial_backoff_s",
+        f"{router}max_backoff_s",
+        f"{deployment}backpressure_config.retry_after_s",
+        f"{deployment}max_surge_percent",
+        f"{scaling}min_replicas",
+        f"{scaling}max_replicas",
+        f"{scaling}target_ongoing_requests",
+        f"{deployment}graceful_shutdown_timeout_s",
+    }
+    assert config["http_options"]["host"] == "0.0.0.0"
+    assert config["applications"][0]["route_prefix"] == "/translate"
+
+
 @pytest.mark.parametrize(
     "path, value, told",
     [
@@ -75,7 +107,7 @@ def test_the_shipped_config_is_in_order(check, config):
         ("logging_config.encodign", "JSON", "does not know"),
         (f"{APP}.rout_prefix", "/x", "does not know"),
         (f"{APP}.route_prefix", "translate", "has to start with /"),
-        (f"{APP}.route_prefix", "/translate/", "must not end with it"),
+        (f"{APP}.route_prefix", "/translate/", "must not end with /"),
         (f"{APP}.name", "a" * 41, "40 characters"),
         (f"{APP}.runtime_env", None, "is blank"),
         (f"{APP}.args", None, "is blank"),
@@ -91,8 +123,8 @@ def test_the_shipped_config_is_in_order(check, config):
         (f"{APP}.args.max_bach_size", 8, "max_bach_size"),
         (f"{APP}.args.max_batch_size", 0, "max_batch_size"),
         (f"{DEPLOYMENT}.max_ongoing_requests", 31, "never fill"),
-        (f"{DEPLOYMENT}.name", "Translater", "Translator"),
-        (f"{DEPLOYMENT}.user_config", {"max_batch_size": 8}, "takes none"),
+        (f"{DEPLOYMENT}.name", "ModelServr", "ModelServer"),
+        (f"{DEPLOYMENT}.user_config", {"max_batch_size": 8}, "has none"),
         (f"{DEPLOYMENT}.max_concurrent_queries", 8, "does not know"),
         (f"{DEPLOYMENT}.max_ongoing_requests", 0, "greater than 0"),
         (f"{DEPLOYMENT}.max_ongoing_requests", 16, "never fill"),
@@ -199,9 +231,7 @@ def test_deploying_waits_and_a_bad_update_leaves_the_old_version_serving(folder,
             )
 
         done = deploy()
-        assert (done.returncode, done.stdout) == (0, "new.yaml: in order, and running\n"), (
-            done.stderr
-        )
+        assert (done.returncode, done.stdout) == (0, "new.yaml: valid, and running\n"), done.stderr
         # Refused by the check, before anything is sent.
         done = deploy(f"{APP}.args.max_bach_size", 8)
         assert done.returncode == 1 and "max_bach_size" in done.stderr and serves()
@@ -210,8 +240,8 @@ def test_deploying_waits_and_a_bad_update_leaves_the_old_version_serving(folder,
         assert done.returncode == 1 and "no usable model '/nowhere'" in done.stderr, done.stderr
         assert len(done.stderr.splitlines()) == 1 and serves()
         # More CPUs than there are.
-        done = deploy(f"{DEPLOYMENT}.ray_actor_options.num_cpus", 99, "--timeout", "12")
-        assert done.returncode == 1 and "not running after 12 s" in done.stderr, done.stderr
+        done = deploy(f"{DEPLOYMENT}.ray_actor_options.num_cpus", 99, "--timeout", "30")
+        assert done.returncode == 1 and "not running after 30 s" in done.stderr, done.stderr
         assert '"CPU": 99' in done.stderr and "available" in done.stderr, done.stderr
         assert serves()
         # Sent past the check, as `serve deploy` would: Ray refuses it, and the old replica goes on.

@@ -1,4 +1,4 @@
-"""The unedited files work in other places: copied out, as another user, with no network, with stray settings."""
+"""The unedited files work elsewhere: copied out, as another user, offline, with stray settings."""
 
 import os
 import pwd
@@ -14,7 +14,7 @@ QUICK = ("run", "--offline", "True", "--epochs", "4")  # enough to be better tha
 
 
 def run(command, folder, seconds=300, **more):
-    """Run a command with nothing of the caller's environment; return (exit code, everything it printed)."""
+    """Run a command without the caller's environment; return (exit code, everything it printed)."""
     environment = {
         "PATH": os.environ["PATH"],
         "HOME": str(folder),
@@ -36,7 +36,7 @@ def run(command, folder, seconds=300, **more):
 
 
 def git_repository(folder, *names):
-    """An empty git repository with copies of template files, as a user makes it."""
+    """Make a git repository with copies of template files, as a user does; return the folder."""
     subprocess.run(["git", "init", "-q", str(folder)], check=True)
     for name in names:
         shutil.copy(TEMPLATES / name, folder)
@@ -83,7 +83,7 @@ def test_flow_as_another_user(tmp_path):
         f"--reuid={user.pw_uid}",
         f"--regid={user.pw_gid}",
         "--clear-groups",
-        # The interpreter may lie where only root may look: this user may read everything, and write nothing.
+        # The interpreter may lie where only root may look: this user may read everything.
         "--inh-caps=+dac_read_search",
         "--ambient-caps=+dac_read_search",
         sys.executable,
@@ -95,46 +95,39 @@ def test_flow_as_another_user(tmp_path):
     assert code == 0 and "Done!" in output, output
 
 
+STRAY = {
+    "METAFLOW_DEFAULT_DATASTORE": "s3",
+    "METAFLOW_PROFILE": "nowhere",
+    "WANDB_API_KEY": "x" * 40,
+    "WANDB_MODE": "online",
+    "RAY_ADDRESS": "127.0.0.1:1",
+    "METAFLOW_USER": "test",
+}
+COPIED = {
+    "flow": (
+        "template_flow.py",
+        "test_template_flow.py",
+        "test_flow_mechanics.py",
+        "requirements.outerbounds.txt",
+    ),
+    "serve": (
+        "template_ray_serve.py",
+        "test_template_ray_serve.py",
+        "test_serve_mechanics.py",
+        "requirements-rayserve.txt",
+    ),
+}
+
+
 @pytest.mark.skipif(
     os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root and unshare"
 )
-def test_copied_tests_pass_without_a_network(tmp_path):
-    """The tests that travel with the copy, in a network namespace that has a loopback device and no route."""
-    for name in ("template_flow.py", "template_ray_serve.py"):
-        folder = git_repository(tmp_path / name, name, f"test_{name}")
-        requirements = {
-            "template_flow.py": "requirements.outerbounds.txt",
-            "template_ray_serve.py": "requirements-rayserve.txt",
-        }
-        shutil.copy(TEMPLATES / requirements[name], folder)
-        stray = {
-            "METAFLOW_DEFAULT_DATASTORE": "s3",
-            "METAFLOW_PROFILE": "nowhere",
-            "WANDB_API_KEY": "x" * 40,
-            "WANDB_MODE": "online",
-            "RAY_ADDRESS": "127.0.0.1:1",
-            "METAFLOW_USER": "test",
-        }
-        code, output = run(
-            [
-                "unshare",
-                "--net",
-                "sh",
-                "-c",
-                'ip link set lo up && exec "$@"',
-                "sh",
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                "-p",
-                "no:xdist",
-                f"test_{name}",
-            ],
-            folder,
-            500,
-            **stray,
-        )
-        assert code == 0 and " passed" in output, output
+@pytest.mark.parametrize("what", COPIED)
+def test_copied_tests_pass_without_a_network(what, tmp_path):
+    """Run the tests that travel in a network namespace that has loopback and no route."""
+    folder = git_repository(tmp_path / what, *COPIED[what])
+    tests = [name for name in COPIED[what] if name.startswith("test_")]
+    command = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    code, output = run([*command, *tests], folder, 900, **STRAY)
+    assert code == 0 and " passed" in output, output

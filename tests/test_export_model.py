@@ -1,4 +1,4 @@
-"""export_model.py: the newest good run becomes a folder that can be served, all at once or not at all."""
+"""export_model.py: the latest successful run becomes a folder to serve, complete or not at all."""
 
 import json
 import os
@@ -53,33 +53,105 @@ def run_id(folder):
     )
 
 
-def test_the_newest_run_becomes_a_transformers_folder(folder):
+def test_the_latest_run_becomes_a_transformers_folder(folder):
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
     code, output = export(folder)
     assert (code, output) == (0, f"model: the model of run TemplateFlow/{run_id(folder)}\n")
     model = AutoModelForSeq2SeqLM.from_pretrained(folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    assert tokenizer.model_max_length == model.generation_config.max_new_tokens == 128
+    prefix = model.config.task_specific_params["translation_en_to_fr"]["prefix"]
+    assert prefix == "translate English to French: "
     known = json.loads((folder / "model/known_answers.json").read_text("utf-8"))
-    for text, answer in known.items():
-        tokens = tokenizer("translate English to French: " + text, return_tensors="pt")
-        assert (
-            tokenizer.decode(
-                model.generate(**tokens, max_new_tokens=64)[0], skip_special_tokens=True
-            )
-            == answer
-        )
-    readme = (folder / "model/README.md").read_text("utf-8")
-    scores = artifacts(folder, "evaluate")["scores"]
-    for fact in (
-        f"TemplateFlow/{run_id(folder)}",
-        "SHA-256",
-        f"exact_match: {scores['exact_match']:.2f}",
-        "transformers_version: 5.",
-        "python_version: 3.",
-    ):
-        assert fact in readme
+    assert 2 < len(known) <= 5
+    for answer in known:
+        assert set(answer) == {"request", "answer"} and set(answer["request"]) == {"text"}
+        tokens = tokenizer(prefix + answer["request"]["text"], return_tensors="pt")
+        output = model.generate(**tokens)[0]
+        assert answer["answer"] == {
+            "translation": tokenizer.decode(output, skip_special_tokens=True)
+        }
     assert [path.name for path in folder.iterdir() if path.name.startswith(".model")] == []
+
+
+def test_the_readme_tells_where_the_model_comes_from(folder):
+    export(folder)
+    readme = (folder / "model/README.md").read_text("utf-8")
+    found = artifacts(folder, "evaluate")
+    counts = f"{len(found['training'])} to train on, {len(found['held_out'])} held out"
+    for fact in (
+        f"# Model of run TemplateFlow/{run_id(folder)}",
+        f"- examples: {counts}, SHA-256 ",
+        f"- exact_match: {found['scores']['exact_match']:.2f}",
+        f"- baseline_chrf: {found['scores']['baseline_chrf']:.2f}",
+        "- epochs: 8\n",
+        "- base_model: ''\n",
+        "- minimum: 0.0\n",
+        "- offline: True\n",
+        "- transformers_version: 5.",
+        "- metaflow_version: 2.",
+        "- python_version: 3.",
+    ):
+        assert fact in readme, readme
+    assert "requirements" not in readme
+
+
+def changed(folder, changes):
+    """Return the path of a copy of the flow in which `changes`, {old: new}, are made."""
+    text = FLOW.read_text("utf-8")
+    for old, new in changes.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    (folder / FLOW.name).write_text(text, "utf-8")
+    return folder / FLOW.name
+
+
+def test_a_parameter_that_you_add_is_in_the_readme(tmp_path):
+    seed = '    seed = Parameter("seed"'
+    mine = '    my_own = Parameter("my-own", type=float, default=2.5)\n'
+    flow = changed(tmp_path, {seed: mine + seed})
+    code, output = run(tmp_path, "--epochs", "2", flow=flow)
+    assert code == 0, output
+    assert export(tmp_path)[0] == 0
+    assert "- my_own: 2.5\n" in (tmp_path / "model/README.md").read_text("utf-8")
+
+
+def test_a_missing_artifact_is_one_line(tmp_path):
+    line = "        self.known_answers = known_answers(examples, outputs)\n"
+    flow = changed(tmp_path, {line: ""})
+    code, output = run(tmp_path, "--epochs", "2", flow=flow)
+    assert code == 0, output
+    code, output = export(tmp_path)
+    assert code == 1 and "has no artifact `known_answers`" in output, output
+    assert output.count("\n") == 1 and not (tmp_path / "model").exists()
+
+
+TEXTS = [
+    "Hello world!",
+    "Price <s>20 euros</s> now 21",
+    "a</s>b",
+    "</s>",
+    "<pad> is <pad>",
+    "<unk> <extra_id_0>",
+    " two  spaces ",
+    "déjà vu \u00a0 \U0001f600",
+]
+
+
+def test_text_has_the_same_tokens_in_training_and_where_it_is_served(folder):
+    import template_flow
+    import template_ray_serve
+
+    export(folder)
+    settings = template_ray_serve.Settings()
+    served = template_ray_serve.Model(str(folder / "model"), settings, threads=1)
+    _, tokenizer = template_flow.unpack(artifacts(folder, "evaluate")["model"])
+    for text in TEXTS:
+        (trained,) = template_flow.tokenize(tokenizer, [text])["input_ids"].tolist()
+        assert served.encode(text) == trained, text
+        assert trained.count(tokenizer.eos_token_id) == 1  # "</s>" in a text ends nothing
+        assert tokenizer.pad_token_id not in trained
 
 
 def test_a_folder_that_is_there_stays_unless_replaced(folder):
@@ -132,7 +204,7 @@ def test_where_nothing_has_run(tmp_path):
 
 def test_a_failed_run_is_passed_over(folder):
     good = run_id(folder)
-    code, output = run(folder, "--epochs", "1", "--min-chrf", "100")
+    code, output = run(folder, "--epochs", "1", "--minimum", "100")
     assert code != 0, output
     code, output = export(folder)
     assert code == 0 and str(good) in output

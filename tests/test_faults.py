@@ -43,7 +43,7 @@ def test_with_too_many_requests_it_goes_on_answering(folder):
     )
     print(f"{requests} requests, {refused} of them refused")
     assert (lost, wrong) == (0, 0)
-    # Four in five where Ray's router waits as long as it does by itself; one in three here, more if other tests run.
+    # Four in five with Ray's own backoff; one in three here, and more if other tests run.
     assert refused < 0.75 * requests
 
 

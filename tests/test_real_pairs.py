@@ -1,4 +1,4 @@
-"""The flow on sentence pairs that nobody wrote for it: placeholders, markup, odd spaces and accents."""
+"""The flow on pairs that nobody wrote for it: placeholders, markup, odd spaces and accents."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ def test_message_catalogues_of_other_projects(tmp_path):
     code, output = run(tmp_path, "--data", "pairs.tsv", "--epochs", "9", seconds=1500)
     assert code == 0, output
     found = artifacts(tmp_path, "evaluate")
-    assert len(found["pairs"]) > 5000 and found["scores"]["held_out_pairs"] > 500
-    assert found["scores"]["chrf"] > found["scores"]["chrf_of_copying"] + 2
-    texts = "".join(source + target for source, target in found["pairs"])
+    assert len(found["examples"]) > 5000 and len(found["held_out"]) > 500
+    assert found["scores"]["chrf"] > found["scores"]["baseline_chrf"] + 2
+    texts = "".join(source + target for source, target in found["examples"])
     assert all(odd in texts for odd in ("%s", "%(", "<", "\u00a0", "é", "{"))

@@ -1,7 +1,8 @@
-"""The flow where it is made for: compiled for a schedule, started by `run`, in the image of templates/Dockerfile.
+"""The flow on a cluster: compiled for a schedule, started by `run`, in the image of Dockerfile.
 
-No cloud is needed. S3 and the secrets are moto's; tests/remote has the stand-ins for Argo Workflows (argo.py), for the
-Kubernetes API (jobs.py) and for Outerbounds' own server (extension/). What they start are Metaflow's own commands.
+No cloud is needed. S3 and the secrets are moto's; tests/remote has the stand-ins for Argo Workflows
+(argo.py), the Kubernetes API (jobs.py) and Outerbounds' own server (extension/). What they start
+are Metaflow's own commands.
 """
 
 import base64
@@ -38,21 +39,22 @@ KEYS = {
     "AWS_SECRET_ACCESS_KEY": "none",
     "AWS_DEFAULT_REGION": "us-east-1",
 }
-CANARY = secrets.token_hex(
-    20
-)  # a key that has to be in the environment of a step, and nowhere else
+CANARY = secrets.token_hex(20)  # a key that belongs in the environment of a step, nowhere else
 LABEL = f"template-flow-test={CANARY[:8]}"
 SHOW_KEY = 'print("key", hashlib.sha256(os.environ["WANDB_API_KEY"].encode()).hexdigest())'
 KEY_SHOWN = f"key {hashlib.sha256(CANARY.encode()).hexdigest()}"
 WITH_IMAGE = {"IMAGE = None": f"IMAGE = {IMAGE!r}"}
-ON_CLUSTER = {
-    'nvidia(gpu=1, gpu_type="L40S")': "kubernetes(image=IMAGE, gpu=1, memory=16_000, disk=20_000)"
-}
+NVIDIA = '    @nvidia(gpu=GPUS, gpu_type="L40S")\n'
+KUBERNETES = "    @kubernetes(image=IMAGE, gpu=GPUS or None, memory=16_000, disk=20_000)\n"
+PYPI = '    @pypi(python="3.11", packages=requirements.packages)\n'
+OWN_GPUS = {NVIDIA: ""}
+EVALUATE = """    # Larger models: raise memory and disk, both in MB.
+    @kubernetes(image=IMAGE, cpu=2"""
 docker_test = pytest.mark.xdist_group("docker")
 
 
 def edited(folder, changes):
-    """A copy of the flow in `folder`, with some of its text replaced as a user would; the path of the flow."""
+    """Copy the flow into `folder`, replace some of its text as a user would; return its path."""
     text = (TEMPLATES / "template_flow.py").read_text("utf-8")
     for old, new in changes.items():
         assert text.count(old) == 1, old
@@ -118,19 +120,17 @@ def metaflow(flow, *arguments, seconds=100, **environment):
 
 REFUSED = {
     "@nvidia on a schedule": (
-        {"kubernetes(image=IMAGE, gpu=1, memory=16_000, disk=20_000) if SCHEDULED else ": ""},
+        {KUBERNETES: ""},
         ("argo-workflows", "create", "--only-json"),
         "step train: @nvidia cannot be scheduled; use @kubernetes(gpu=1, memory=16_000)",
     ),
     "@nvidia without the packages": (
-        {
-            '    @ON_GPU\n    @pypi(python="3.11", packages=requirements.packages)\n': "    @ON_GPU\n"
-        },
+        {KUBERNETES + PYPI: KUBERNETES},
         ("run",),
         "step train: @nvidia has what @pypi lists, add: ['accelerate', 'outerbounds',",
     ),
     "an image under --environment=pypi": (
-        WITH_IMAGE | ON_CLUSTER,
+        WITH_IMAGE | OWN_GPUS,
         ("--environment=pypi", "run"),
         "--environment=pypi hides the packages of the image; drop image= or --environment",
     ),
@@ -140,24 +140,19 @@ REFUSED = {
         "--environment=conda hides the packages of the image; drop image= or --environment",
     ),
     "an image and @pypi": (
-        {"image=IMAGE, cpu=2": f"image={IMAGE!r}, cpu=2"},
+        {EVALUATE: EVALUATE.replace("IMAGE", repr(IMAGE))},
         ("--environment=pypi", "show"),
         "--environment=pypi hides the packages of the image; drop image= or --environment",
     ),
     "an image for @nvidia": (
-        {"nvidia(gpu=1,": f"nvidia(image={IMAGE!r}, gpu=1,"},
+        {"nvidia(gpu=GPUS,": f"nvidia(image={IMAGE!r}, gpu=GPUS,"},
         ("run",),
         "Decorator 'nvidia' does not support the attribute 'image'.",
-    ),
-    "@nvidia and @kubernetes": (
-        {"    @ON_GPU\n": "    @ON_GPU\n    @ON_CPU\n"},
-        ("--environment=fast-bakery", "show"),
-        "Step train is marked for execution both on Kubernetes and Nvidia.",
     ),
     "@pypi without an environment": (
         {},
         ("run",),
-        "@pypi decorator requires --environment=conda or --environment=pypi or --environment=fast-bakery",
+        "@pypi decorator requires --environment=conda or --environment=pypi or",
     ),
 }
 
@@ -173,7 +168,7 @@ def test_what_cannot_work_is_refused_before_any_work(case, tmp_path):
 
 
 def decorators(output):
-    """{step: its decorators} of what `show` prints."""
+    """Return {step: its decorators} of what `show` prints."""
     found = re.findall(r"((?:@\w+\n)*)Step (\w+)\n", output)
     return {
         step: set(lines.replace("@", "").split()) - {"fast_bakery_internal"}
@@ -181,24 +176,60 @@ def decorators(output):
     }
 
 
-def test_decorators_stay_on_a_cluster_and_go_on_a_laptop(tmp_path):
-    flow, everywhere = edited(tmp_path, {}), {"start": set(), "prepare": set(), "end": set()}
-    on_cluster = profile(tmp_path, STAND_IN_NVIDIA="1", METAFLOW_DEFAULT_ENVIRONMENT="fast-bakery")
-    on_laptop = {
-        **on_cluster,
-        "METAFLOW_DEFAULT_ENVIRONMENT": "local",
-        "METAFLOW_DEFAULT_DATASTORE": "local",
-    }
-    code, output, said = metaflow(flow, "show", **on_cluster)
-    assert code == 0 and decorators(output + said) == everywhere | {
-        "prepare": {"kubernetes"},
-        "evaluate": {"pypi", "kubernetes", "secrets", "card"},
-        "train": {"pypi", "nvidia", "secrets", "card", "checkpoint", "retry"},
-    }, output + said
-    code, output, said = metaflow(flow, "show", **on_laptop)
-    assert code == 0 and decorators(output + said) == everywhere | {
-        "train": {"card", "checkpoint"},
-        "evaluate": {"card"},
+PLACES = {
+    # name: (changes, environment, decorators of train, those of evaluate)
+    "by hand": ({}, {}, {"pypi", "nvidia", "secrets", "retry"}, {"pypi", "kubernetes", "secrets"}),
+    "scheduled": (
+        {},
+        {"ARGO_WORKFLOW_NAME": "templateflow"},
+        {"pypi", "kubernetes", "secrets", "retry"},
+        {"pypi", "kubernetes", "secrets"},
+    ),
+    "by hand without GPUs": (
+        {"GPUS = 1": "GPUS = 0"},
+        {},
+        {"pypi", "kubernetes", "secrets", "retry"},
+        {"pypi", "kubernetes", "secrets"},
+    ),
+    "by hand on your own GPUs": (
+        OWN_GPUS,
+        {},
+        {"pypi", "kubernetes", "secrets", "retry"},
+        {"pypi", "kubernetes", "secrets"},
+    ),
+    "by hand, with an image": (
+        WITH_IMAGE,
+        {},
+        {"pypi", "nvidia", "secrets", "retry"},  # @nvidia takes no image
+        {"kubernetes", "secrets"},
+    ),
+    "scheduled, with an image": (
+        WITH_IMAGE,
+        {"ARGO_WORKFLOW_NAME": "templateflow"},
+        {"kubernetes", "secrets", "retry"},
+        {"kubernetes", "secrets"},
+    ),
+    "on a laptop": (
+        {},
+        {"METAFLOW_DEFAULT_ENVIRONMENT": "local", "METAFLOW_DEFAULT_DATASTORE": "local"},
+        set(),
+        set(),
+    ),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_decorators_that_fit_the_place_stay(place, tmp_path):
+    changes, settings, train, evaluate = PLACES[place]
+    environment = profile(tmp_path, STAND_IN_NVIDIA="1", METAFLOW_DEFAULT_ENVIRONMENT="fast-bakery")
+    flow = edited(tmp_path, changes)
+    code, output, said = metaflow(flow, "show", **environment | settings)
+    assert code == 0 and decorators(output + said) == {
+        "start": set(),
+        "prepare": {"kubernetes"} & evaluate,
+        "train": {"card", "checkpoint"} | train,
+        "evaluate": {"card"} | evaluate,
+        "end": set(),
     }, output + said
 
 
@@ -206,7 +237,7 @@ def test_decorators_stay_on_a_cluster_and_go_on_a_laptop(tmp_path):
 
 
 class Bakery(http.server.BaseHTTPRequestHandler):
-    """Outerbounds' image bakery: takes packages and a base, answers with the name of an image that has them."""
+    """Outerbounds' image bakery: takes packages, answers with the name of an image."""
 
     def log_message(self, *_):
         pass
@@ -247,9 +278,9 @@ def bridge():
         '{{index .Options "com.docker.network.bridge.name"}}',
     ).stdout.strip()
     addresses = [
-        each.address
-        for each in psutil.net_if_addrs().get(name, [])
-        if each.family == socket.AF_INET
+        found.address
+        for found in psutil.net_if_addrs().get(name, [])
+        if found.family == socket.AF_INET
     ]
     if not addresses:
         pytest.skip("containers cannot reach this machine: docker runs elsewhere")
@@ -288,8 +319,8 @@ class Cloud:
     def contents(self):
         """Everything that is in S3, unpacked."""
         for page in self.s3.get_paginator("list_objects_v2").paginate(Bucket="flows"):
-            for each in page.get("Contents", []):
-                content = self.s3.get_object(Bucket="flows", Key=each["Key"])["Body"].read()
+            for item in page.get("Contents", []):
+                content = self.s3.get_object(Bucket="flows", Key=item["Key"])["Body"].read()
                 yield gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
 
 
@@ -374,7 +405,7 @@ def compiled(flow, environment, *options):
 
 
 def read(run, folder, environment, tasks=None):
-    """(successful, {step: {artifact: value}}, {step: [card]}, {step: log}) of a run, by the Metaflow client."""
+    """Return, of a run, (successful, {step: {artifact: value}}, {step: [card]}, {step: log})."""
     command = [
         sys.executable,
         HERE / "remote/read_run.py",
@@ -403,14 +434,24 @@ def test_unedited_flow_on_outerbounds_gets_its_packages_from_pypi(cloud, tmp_pat
         re.findall(r"^[\w-]+==\S+", (TEMPLATES / "requirements.outerbounds.txt").read_text(), re.M)
     )
     baked = [
-        set(each["pipRequirements"]) for each in bakery.asked if each["pythonVersion"] == "3.11"
+        set(asked["pipRequirements"]) for asked in bakery.asked if asked["pythonVersion"] == "3.11"
     ]
-    assert (
-        len(pinned) == 8 and len(baked) == 2 and all(pinned <= each for each in baked)
-    )  # train and evaluate
-    templates = {each["name"]: each for each in manifest["spec"]["templates"]}
+    assert len(pinned) == 8 and len(baked) == 2  # train and evaluate
+    assert all(pinned <= packages for packages in baked)
+    templates = {template["name"]: template for template in manifest["spec"]["templates"]}
     assert all(templates[step]["container"]["image"] == IMAGE for step in ("train", "evaluate"))
     assert "* *" not in json.dumps(manifest)  # no schedule unless asked for
+
+
+@docker_test
+@pytest.mark.parametrize("gpus, limits", [(1, {"nvidia.com/gpu": "1"}), (0, {})])
+def test_scheduled_training_asks_for_the_gpus_that_are_set(cloud, gpus, limits, tmp_path):
+    flow = edited(tmp_path, WITH_IMAGE | {"GPUS = 1": f"GPUS = {gpus}"})
+    manifest = compiled(flow, profile(tmp_path, **cloud.settings))
+    templates = {template["name"]: template for template in manifest["spec"]["templates"]}
+    resources = templates["train"]["container"]["resources"]
+    assert resources.get("limits", {}) == limits
+    assert resources["requests"]["memory"] == "16000M"
 
 
 @docker_test
@@ -421,7 +462,7 @@ def test_scheduled_flow_trains_in_the_image_and_goes_on_after_a_kill(cloud, imag
         | {
             "SECRETS: list[str] = []": 'SECRETS: list[str] = ["outerbounds.wandb"]',
             "CRON = None": 'CRON = "0 6 * * 1"',
-            '# YOUR CODE: log your own numbers: run.log({"name": 1.0})': SHOW_KEY,
+            "        restore_checkpoint()\n": f"        restore_checkpoint()\n        {SHOW_KEY}\n",
         },
     )
     environment = profile(tmp_path, **cloud.settings)
@@ -461,7 +502,8 @@ def test_scheduled_flow_trains_in_the_image_and_goes_on_after_a_kill(cloud, imag
     )
     assert "W&B mode: offline" in logs["train"]
     stored = list(cloud.contents())
-    assert find(CANARY, *stored, *(card.encode() for each in cards.values() for card in each)) == 0
+    shown = [card.encode() for found in cards.values() for card in found]
+    assert find(CANARY, *stored, *shown) == 0
     assert find(KEY_SHOWN, *stored) > 0  # the search looks into logs too
 
 
@@ -470,10 +512,10 @@ def test_run_on_kubernetes(cloud, image, tmp_path):
     flow = edited(
         tmp_path,
         WITH_IMAGE
-        | ON_CLUSTER
+        | OWN_GPUS
         | {
-            "cpu=2, memory=8_000": 'cpu=2, secrets=["wandb"], memory=8_000',
-            "        from sacrebleu.metrics import CHRF\n": f"        from sacrebleu.metrics import CHRF\n        {SHOW_KEY}\n",
+            EVALUATE: f'{EVALUATE}, secrets=["wandb"]',
+            "        model = unpack(": f"        {SHOW_KEY}\n        model = unpack(",
         },
     )
     with jobs.api(cloud.cluster) as (address, started):

@@ -1,4 +1,4 @@
-"""A key reaches W&B and is stored nowhere: searched for in everything that a run leaves behind."""
+"""A key reaches W&B and is stored nowhere: the tests search everything that a run leaves behind."""
 
 import base64
 import gzip
@@ -27,7 +27,7 @@ EXAMPLE = FLOW.with_name(".env.example")
 
 
 def plain(raw):
-    """The bytes and what they unpack to."""
+    """Yield the bytes and what they unpack to."""
     yield raw
     for unpack in (gzip.decompress, zlib.decompress):
         try:
@@ -37,18 +37,18 @@ def plain(raw):
 
 
 def hits(folder, but=()):
-    """The files in a folder that hold the key, in whatever dress."""
+    """Return the files in a folder that hold the key, in any encoding."""
     files = [file for file in folder.rglob("*") if file.is_file() and file.name not in but]
     assert files
     return [
         file
         for file in files
-        if any(needle in each for each in plain(file.read_bytes()) for needle in NEEDLES)
+        if any(needle in content for content in plain(file.read_bytes()) for needle in NEEDLES)
     ]
 
 
 def artifacts_with_key(folder, flow="TemplateFlow"):
-    """({names of all artifacts of the newest run}, [those in which the unpickled value holds the key])."""
+    """Return ({names of all artifacts of the newest run}, [those whose value holds the key])."""
     code = f"""
 import json, pickle
 from metaflow import Flow, namespace
@@ -60,7 +60,8 @@ for step in next(iter(Flow("{flow}"))):
             pickled = pickle.dumps(artifact.data, protocol=0) + repr(artifact.data).encode()
             names.append(artifact.id)
             found += [artifact.pathspec] * (b"canary-7f3a" in pickled)
-        found += [task.pathspec] * ("canary-7f3a" in task.stdout + task.stderr + repr(task.metadata_dict))
+        logged = task.stdout + task.stderr + repr(task.metadata_dict)
+        found += [task.pathspec] * ("canary-7f3a" in logged)
 print(json.dumps([names, found]))
 """
     done = subprocess.run(
@@ -137,12 +138,12 @@ def test_env_file_gives_the_project_too(both):
 
 def test_the_key_is_in_no_artifact_and_no_log(ran):
     names, found = artifacts_with_key(ran.folder)
-    assert {"_graph_info", "pairs", "model", "scores"} <= names and found == []
+    assert {"_graph_info", "examples", "model", "scores"} <= names and found == []
     assert "canary-7f3a" not in ran.output
 
 
 def test_the_key_is_in_no_file(ran):
-    """.metaflow with its blobs and cards, the W&B folder, the home folder with what the client caches or remembers."""
+    """Search .metaflow with its blobs and cards, the folder of W&B, and the home folder."""
     assert hits(ran.folder, but=(".env",)) == []
     assert (ran.folder / ".metaflow").is_dir() and (ran.folder / "wandb").is_dir()
     for step in ("train", "evaluate"):
@@ -208,7 +209,7 @@ LeakyFlow()
         stdout=subprocess.DEVNULL,
     )
     names, found = artifacts_with_key(tmp_path, "LeakyFlow")
-    assert any("_graph_info" in each for each in found) and hits(tmp_path)
+    assert any("_graph_info" in pathspec for pathspec in found) and hits(tmp_path)
     (tmp_path / "header").mkdir()
     for before in ("api:", ""):
         file = tmp_path / "header" / f"{before}x"
@@ -235,7 +236,7 @@ def test_the_example_holds_no_value():
 
 
 def test_an_untouched_example_is_as_good_as_none(tmp_path):
-    """The example copied and not filled in: the names are still said, not taken for keys."""
+    """Copied and not filled in, its names are reported as missing and not taken for keys."""
     flow = Path(shutil.copy(FLOW, tmp_path))
     shutil.copy(EXAMPLE, tmp_path / ".env")
     run = tracked(

@@ -1,4 +1,4 @@
-"""What listens in the server's container; that nobody without the token gets further than a translation."""
+"""What listens in the server's container; without the token, nobody runs anything there."""
 
 import json
 import secrets
@@ -17,21 +17,28 @@ for name in ("tcp", "tcp6"):
         address, port = line.split()[1].split(":")
         if line.split()[3] == "0A":
             found[int(port, 16)] = address != "0100007F"
-gcs = [part for path in glob.glob("/proc/[0-9]*/cmdline") for part in open(path).read().split(chr(0))
-       if part.startswith("--gcs-address")]
+commands = [open(path).read().split(chr(0)) for path in glob.glob("/proc/[0-9]*/cmdline")]
+gcs = [part for command in commands for part in command if part.startswith("--gcs-address")]
 print(json.dumps([found, gcs]))
 """
 
 INTRUDER = """
 import http.client, json, sys
 host, ports = sys.argv[1], json.loads(sys.argv[2])
+requests = [
+    ("POST", "/api/jobs/"),
+    ("POST", "/api/job_agent/jobs/"),
+    ("PUT", "/api/serve/applications/"),
+    ("GET", "/api/v0/logs"),
+    ("GET", "/logs/../../etc/passwd"),
+    ("POST", "/api/actors/kill"),
+]
+body = json.dumps({"entrypoint": "touch /tmp/owned", "applications": []})
 for port in ports:
-    for method, path in (("POST", "/api/jobs/"), ("POST", "/api/job_agent/jobs/"), ("PUT", "/api/serve/applications/"),
-                         ("GET", "/api/v0/logs"), ("GET", "/logs/../../etc/passwd"), ("POST", "/api/actors/kill")):
+    for method, path in requests:
         try:
             line = http.client.HTTPConnection(host, port, timeout=3)
-            line.request(method, path, json.dumps({"entrypoint": "touch /tmp/owned", "applications": []}),
-                         {"Content-Type": "application/json"})
+            line.request(method, path, body, {"Content-Type": "application/json"})
             reply = line.getresponse()
             print(port, path, "figures" if reply.read(6) == b"# HELP" else reply.status)
         except (OSError, http.client.HTTPException):

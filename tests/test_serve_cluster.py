@@ -1,6 +1,6 @@
-"""A Ray cluster of containers from templates/Dockerfile-rayserve, started as KubeRay does: loss, roll-out, roll-back.
+"""A Ray cluster of containers of the image, started as KubeRay does: loss, roll-out, roll-back.
 
-There is no Kubernetes here: what its Service does, the clients do, who ask the ports of the workers that are there.
+There is no Kubernetes here. The clients do what its Service does: they ask the workers that run.
 """
 
 import http.client
@@ -19,7 +19,8 @@ from test_serve_image import LABEL, build, image, project  # noqa: F401
 TEMPLATES = Path(__file__).parents[1] / "templates"
 sys.path.insert(0, str(TEMPLATES))
 
-from test_template_ray_serve import PAIRS, free_port, make_model  # noqa: E402
+from serve_process import free_port  # noqa: E402
+from test_template_ray_serve import PAIRS, make_model  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("docker")
 NEW_IMAGE = "template_rayserve_image:next"
@@ -77,7 +78,7 @@ class Cluster:
         return self.ids[-1]
 
     def deploy(self):
-        """The documented deploy command, in the head, as soon as its dashboard listens; then all workers answer."""
+        """Run the documented deploy command in the head; wait until all workers answer."""
         end = time.monotonic() + 100
         while True:
             done = pods.docker(
@@ -148,15 +149,16 @@ def test_loss_of_a_worker_then_a_new_version_and_back(image, new_image, config):
             at = time.monotonic()
             time.sleep(10)
         failed = load.lost()
-        elsewhere = [each for each in failed if each.port != lost]
+        elsewhere = [answer for answer in failed if answer.port != lost]
         print(
-            f"worker killed: {len(load.answers)} requests, {len(failed)} lost, {len(elsewhere)} of them elsewhere"
+            f"worker killed: {len(load.answers)} requests, {len(failed)} lost, "
+            f"{len(elsewhere)} of them elsewhere"
         )
-        # Of those under way, one for each client; what begins while `docker kill` still runs is refused at once.
-        assert len([each for each in failed if each.begin < killed]) <= 4
-        assert not load.wrong() and not [each for each in elsewhere if each.end > at + 5]
+        # At most one in flight per client; what begins while `docker kill` runs is refused.
+        assert len([answer for answer in failed if answer.begin < killed]) <= 4
+        assert not load.wrong() and not [answer for answer in elsewhere if answer.end > at + 5]
         assert not [
-            each for each in failed if each.port == lost and each.begin > at
+            answer for answer in failed if answer.port == lost and answer.begin > at
         ]  # the clients know by then
 
         for version, expected in ((new_image, NEW_PAIRS), (image, PAIRS)):  # forward, and back
@@ -172,17 +174,17 @@ def test_loss_of_a_worker_then_a_new_version_and_back(image, new_image, config):
             print(f"to {version}: {len(load.answers)} requests, {len(load.lost())} failed")
             assert not load.lost()
             assert all(
-                each.translation in (PAIRS[each.text], NEW_PAIRS[each.text])
-                for each in load.answers
+                answer.translation in (PAIRS[answer.text], NEW_PAIRS[answer.text])
+                for answer in load.answers
             )
             assert all(
-                each.translation == expected[each.text]
-                for each in load.answers
-                if each.begin > at + 2
+                answer.translation == expected[answer.text]
+                for answer in load.answers
+                if answer.begin > at + 2
             )
     finally:
-        for each in clusters:
-            each.end()
+        for cluster in clusters:
+            cluster.end()
 
 
 def wait_for(port, seconds=60):

@@ -1,4 +1,4 @@
-"""The server against hostile clients: any bytes, any JSON, any header, any size, slow ones and vanishing ones."""
+"""The server against hostile clients: any bytes, any JSON, any header, any size, slow clients."""
 
 import http.client
 import json
@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 TEMPLATES = Path(__file__).parents[1] / "templates"
 sys.path.insert(0, str(TEMPLATES))
 
-from test_template_ray_serve import PAIRS, Server, make_model  # noqa: E402
+from serve_process import Server  # noqa: E402
+from test_template_ray_serve import PAIRS, make_model  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("ray")
 BODY_TIMEOUT = 3
@@ -69,7 +70,7 @@ class Line:
 
 
 def right(status, content, sent):
-    """An answer as promised: a translation, or an error of the one shape that repeats nothing of the text."""
+    """An answer as promised: a translation, or an error that repeats nothing of the text."""
     answer = json.loads(content)
     if status == 200:
         assert set(answer) <= {"translation", "cut_sentences"}
@@ -251,11 +252,12 @@ def test_raw_bytes_instead_of_http(server):
 
 
 def log_files(server):
-    """What Ray has logged for a server; each file once, and not by the link to the latest session."""
+    """What Ray has logged for a server; not again by the link to the latest session."""
     return [path for path in Path(server.scratch).glob("session_2*/logs/**/*") if path.is_file()]
 
 
-HIDDEN = b"GET /translate/health HTTP/1.1\r\nHost: a\r\n\r\n"  # in what is the body for whoever reads it in another way
+# A request in what is the body for whoever reads it in another way.
+HIDDEN = b"GET /translate/health HTTP/1.1\r\nHost: a\r\n\r\n"
 CHUNKED, FIVE = b"0\r\n\r\n" + HIDDEN, b"Content-Length: 5\r\n"
 WHOLE = b"Content-Length: %d\r\n" % len(CHUNKED)
 SMUGGLED = {
@@ -280,7 +282,7 @@ SMUGGLED = {
 
 @pytest.mark.parametrize("case", SMUGGLED)
 def test_no_request_is_smuggled_in_another(server, case):
-    """However a proxy before it reads these, the server never answers what is hidden in the body."""
+    """However a proxy reads these, the server never answers what is hidden in the body."""
     headers, body = SMUGGLED[case]
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as line:
         line.sendall(b"POST /translate HTTP/1.1\r\nHost: a\r\n" + headers + b"\r\n" + body)
@@ -328,10 +330,11 @@ def test_a_path_reaches_no_file_and_nobody_begins_a_line_of_the_log(server):
 
 
 def test_a_request_id_that_is_no_text_stops_nothing(server):
-    """Ray's proxy decodes this header itself, before the app sees the request, and answers 500 (Ray 2.60)."""
+    """Ray's proxy decodes this header before the app sees the request: 500 (Ray 2.60)."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as line:
         line.sendall(
-            b"POST /translate HTTP/1.1\r\nHost: a\r\nX-Request-ID: \xff\r\nContent-Length: 2\r\n\r\n{}"
+            b"POST /translate HTTP/1.1\r\nHost: a\r\nX-Request-ID: \xff\r\n"
+            b"Content-Length: 2\r\n\r\n{}"
         )
         answer = line.recv(1000)
     assert re.match(rb"HTTP/1.1 (4\d\d|500) ", answer) and b"Traceback" not in answer, answer
@@ -339,7 +342,7 @@ def test_a_request_id_that_is_no_text_stops_nothing(server):
 
 
 def sizes(server, shared=True):
-    """Memory of proxy and replica in MB, with or without pages that others have too, such as Ray's object store."""
+    """Memory of proxy and replica in MB, with or without pages that others have too."""
     found = {}
     for name in ("ServeReplica", "ProxyActor"):
         (process,) = server.processes(name)
@@ -387,7 +390,10 @@ def test_bodies_of_50_mb(server):
 
 
 def test_slow_clients_get_408_and_hold_up_nobody(server):
-    head = b"POST /translate HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+    head = (
+        b"POST /translate HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 100\r\n\r\n"
+    )
     lines = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(100)]
     begin = time.monotonic()
     for line in lines:
@@ -402,7 +408,7 @@ def test_slow_clients_get_408_and_hold_up_nobody(server):
 
 
 def test_vanishing_clients_leave_nothing_behind(server):
-    replicas = [each.pid for each in server.processes("ServeReplica")]
+    replicas = [process.pid for process in server.processes("ServeReplica")]
     body = json.dumps({"text": ["tell me more " * 5] * 3}).encode()
     head = b"POST /translate HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body)
     for i in range(300):
@@ -411,5 +417,5 @@ def test_vanishing_clients_leave_nothing_behind(server):
     begin = time.monotonic()
     serves(server)
     assert time.monotonic() - begin < 5
-    assert replicas == [each.pid for each in server.processes("ServeReplica")]
+    assert replicas == [process.pid for process in server.processes("ServeReplica")]
     assert sum(len(psutil.Process(pid).net_connections()) for pid in replicas) < 100

@@ -1,4 +1,4 @@
-"""templates/Dockerfile-rayserve with a real Docker daemon: the documented commands, and all that may go wrong."""
+"""templates/Dockerfile-rayserve with a real Docker daemon: its commands, and failures."""
 
 import http.client
 import json
@@ -19,7 +19,9 @@ from test_remote import find
 TEMPLATES = Path(__file__).parents[1] / "templates"
 sys.path.insert(0, str(TEMPLATES))
 
-from test_template_ray_serve import PAIRS, free_port, make_model  # noqa: E402
+from serve_process import free_port  # noqa: E402
+from test_serve_load import with_code_in_call  # noqa: E402
+from test_template_ray_serve import PAIRS, make_model  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("docker")
 IMAGE, LABEL = "template_rayserve_image:test", "template-serve-test=1"
@@ -39,9 +41,8 @@ RUN = ("serve", "run", "serve_config.yaml")
 
 def mounted(folder):
     """Options that put this folder's config in the place of the image's."""
-    return [
-        f"--mount=type=bind,source={folder / 'serve_config.yaml'},target=/serve_app/serve_config.yaml"
-    ]
+    name = "serve_config.yaml"
+    return [f"--mount=type=bind,source={folder / name},target=/serve_app/{name}"]
 
 
 def build(folder, tag):
@@ -129,9 +130,10 @@ class Container:
     def ask_inside(self, text="Hello world!"):
         """The same from within, for a container without a network."""
         code = (
-            "import json, sys, urllib.request as u; print(u.urlopen(u.Request('http://127.0.0.1:8000/translate', "
-            "json.dumps({'text': sys.argv[1]}).encode(), {'Content-Type': 'application/json'}), timeout=30)"
-            ".read().decode())"
+            "import json, sys, urllib.request as u; body = json.dumps({'text': sys.argv[1]}); "
+            "request = u.Request('http://127.0.0.1:8000/translate', body.encode(), "
+            "{'Content-Type': 'application/json'}); "
+            "print(u.urlopen(request, timeout=30).read().decode())"
         )
         done = self.inside("python", "-c", code, text)
         return (200, json.loads(done.stdout)) if done.returncode == 0 else (0, done.stdout)
@@ -183,7 +185,7 @@ def test_the_lock_names_every_package_by_hash(image):
         "run", "--rm", f"--label={LABEL}", image, "cat", "/venv/lock.txt"
     ).stdout.splitlines()
     assert all(
-        re.fullmatch(r"[\w.\-]+==[\w.+]+ --hash=sha256:[0-9a-f]{64}", each) for each in lock
+        re.fullmatch(r"[\w.\-]+==[\w.+]+ --hash=sha256:[0-9a-f]{64}", line) for line in lock
     ), lock
     inside = pods.docker(
         "run",
@@ -230,9 +232,9 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_it_serves(image, project, way):
     options = [
-        each
+        part
         for option in WAYS[way]
-        for each in (mounted(project) if option == "config" else [option])
+        for part in (mounted(project) if option == "config" else [option])
     ]
     with Container(*options, command=RUN if WAYS[way] == ["config"] else ()) as running:
         begin = time.monotonic()
@@ -256,6 +258,40 @@ def test_without_a_network_and_its_health(image):
         assert running.state("Health.Status") == "healthy"
 
 
+BROKEN = """
+if Path("/tmp/broken").exists():
+    raise ValueError
+"""
+
+
+def test_the_health_check_follows_the_config_and_fails_without_an_answer(image, project, tmp_path):
+    config = yaml.safe_load((project / "serve_config.yaml").read_text())
+    config["http_options"]["port"] = 8001
+    config["applications"][0]["route_prefix"] = "/other"
+    (tmp_path / "serve_config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "broken.py").write_text(with_code_in_call(BROKEN), "utf-8")
+    target = "/serve_app/template_ray_serve.py"
+    app = f"--mount=type=bind,source={tmp_path / 'broken.py'},target={target}"
+    described = json.loads(pods.docker("image", "inspect", image).stdout)
+    kind, *health = described[0]["Config"]["Healthcheck"]["Test"]
+    assert (kind, health) == (
+        "CMD",
+        ["python", "rayserve_entrypoint.py", "health", "serve_config.yaml"],
+    )
+    with Container(app, *mounted(tmp_path), publish=False) as running:
+        assert running.inside(*health).returncode != 0  # it only starts
+        end = time.monotonic() + 120
+        while running.inside(*health).returncode and time.monotonic() < end:
+            time.sleep(1)
+        assert running.inside(*health).returncode == 0, running.logs()
+        assert running.ask_inside()[0] == 0  # not at the port and route of the image's config
+        running.inside("touch", "/tmp/broken")
+        done = running.inside(*health)
+        assert done.returncode != 0 and "500" in done.stdout
+        running.inside("rm", "/tmp/broken")
+        assert running.inside(*health).returncode == 0
+
+
 def test_a_wrong_config_ends_it_with_the_reason(image, project, tmp_path):
     config = yaml.safe_load((project / "serve_config.yaml").read_text())
     config["applications"][0]["args"]["max_bach_size"] = 8
@@ -266,7 +302,7 @@ def test_a_wrong_config_ends_it_with_the_reason(image, project, tmp_path):
 
 
 def test_nobody_else_reaches_the_dashboard(image):
-    """Port 8265 runs code for whoever reaches it: it listens inside only, and there it asks for a token."""
+    """Port 8265 runs code for whoever reaches it: it listens inside only, and wants a token."""
     with Container("--publish=127.0.0.1::8265") as running:
         running.wait()
         address = pods.docker(
@@ -285,12 +321,14 @@ def test_nobody_else_reaches_the_dashboard(image):
         assert running.inside("python", "-c", code, "127.0.0.1").stdout.strip() in ("401", "403")
 
 
+SLOW = """
+if Path("/tmp/slow").exists():
+    __import__("time").sleep(10)
+"""
+
+
 def test_told_to_stop_it_answers_what_has_begun_and_nothing_more(image, project, tmp_path):
-    code = (project / "template_ray_serve.py").read_text()
-    first = "        ids = self.tokenizer.pad("
-    assert code.count(first) == 1
-    slow = "        if Path('/tmp/slow').exists():\n            __import__('time').sleep(10)\n"
-    (tmp_path / "slow.py").write_text(code.replace(first, slow + first))
+    (tmp_path / "slow.py").write_text(with_code_in_call(SLOW), "utf-8")
     mount = (
         f"--mount=type=bind,source={tmp_path / 'slow.py'},target=/serve_app/template_ray_serve.py"
     )
@@ -303,9 +341,9 @@ def test_told_to_stop_it_answers_what_has_begun_and_nothing_more(image, project,
             begin = time.monotonic()
             pods.docker("kill", "--signal=SIGTERM", running.id)
             time.sleep(5)
-            assert not any(each.done() for each in begun)
+            assert not any(job.done() for job in begun)
             late = running.ask(timeout=5)[0]
-            answers = [each.result() for each in begun]
+            answers = [job.result() for job in begun]
         assert pods.docker("wait", running.id).stdout.strip() == "0", running.logs()
         took = time.monotonic() - begin
         print(f"ended after {took:.0f} s; a request meanwhile got {late}")

@@ -1,4 +1,4 @@
-"""The app on a Ray cluster of three nodes: replicas spread, and what happens when a node is lost under load."""
+"""The app on a Ray cluster of three nodes: replicas spread, and a node is lost under load."""
 
 import contextlib
 import re
@@ -14,7 +14,8 @@ TEMPLATES = Path(__file__).parents[1] / "templates"
 sys.path.insert(0, str(TEMPLATES))
 
 from load import Load  # noqa: E402
-from test_template_ray_serve import PAIRS, START, Server, make_model  # noqa: E402
+from serve_process import START, Server  # noqa: E402
+from test_template_ray_serve import PAIRS, make_model  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -25,7 +26,9 @@ class Cluster(Server):
     start = re.sub(
         "ray.init.*\n",
         """
+import os
 from ray.cluster_utils import Cluster
+os.makedirs("/tmp/ray", exist_ok=True)  # Cluster writes its address there
 head = {"num_cpus": 1, "temp_dir": ray_options["_temp_dir"], "include_dashboard": False}
 cluster = Cluster(True, head_node_args=head)
 for _ in range(2):
@@ -38,7 +41,7 @@ ray.init(address=cluster.address, namespace="serve")
 
 @contextlib.contextmanager
 def three_nodes(folder):
-    """A cluster that answers. Ray gives a node 30 s to start; where that was too little, it is tried again."""
+    """A cluster that answers. Ray gives a node 30 s to start; if that is too little, try again."""
     for tries_left in (2, 1, 0):
         with Cluster(folder, "run", "config.yaml") as running:
             try:
@@ -52,7 +55,7 @@ def three_nodes(folder):
 
 
 def make_app(folder, replicas=2, **more):
-    """The server's files, with the config in use and a model that knows the pairs; the path of the config."""
+    """Write the server's files and a model that knows the pairs; return the path of the config."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(TEMPLATES / "template_ray_serve.py", folder)
     if not (folder / "model").exists():
@@ -67,7 +70,7 @@ def make_app(folder, replicas=2, **more):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """Three replicas, each on a node of its own, behind one proxy: all nodes share the ports of one machine here."""
+    """Three replicas, each on its node, behind one proxy: the nodes share one machine's ports."""
     folder = tmp_path_factory.mktemp("nodes")
     make_app(folder, replicas=3, max_replicas_per_node=1)
     with three_nodes(folder) as running:
@@ -76,7 +79,7 @@ def server(tmp_path_factory):
 
 def node(process):
     """The raylet that a process belongs to."""
-    return next(each for each in process.parents() if each.name() == "raylet")
+    return next(parent for parent in process.parents() if parent.name() == "raylet")
 
 
 def replicas(server):
@@ -103,7 +106,7 @@ def test_replicas_are_spread_and_all_take_part(server):
 
 
 def lose_node(server):
-    """A machine with one of the replicas, and not with the proxy: its raylet and all that runs on it."""
+    """Kill a raylet and all that runs on it: with a replica, and without the proxy."""
     head = {node(process) for process in server.processes("ProxyActor")}
     lost = next(raylet for raylet in replicas(server).values() if raylet not in head)
     for process in [lost, *lost.children(recursive=True)]:
@@ -116,7 +119,7 @@ def test_a_lost_node_costs_no_more_than_what_it_was_working_on(server):
         at = time.monotonic()
         lose_node(server)
         time.sleep(12)
-    failed = [(round(each.end - at, 2), each.status) for each in load.lost()]
+    failed = [(round(answer.end - at, 2), answer.status) for answer in load.lost()]
     print(f"{len(load.answers)} requests, failed after (seconds, status): {failed}")
     assert (
         not load.wrong() and len(failed) <= 4 and all(status in (500, 503) for _, status in failed)

@@ -1,4 +1,4 @@
-"""Tracking by W&B: the real client against a stand-in on loopback that answers, refuses, hangs or dies."""
+"""Tracking by W&B: the real client and a server on loopback that answers, hangs or dies."""
 
 import contextlib
 import json
@@ -58,7 +58,10 @@ def tracked(
 
 @contextlib.contextmanager
 def together(tmp_path_factory, cases):
-    """Run the flow once for each case, {name: (mode of the stand-in, function)}, all at once: most of it is waiting."""
+    """Run the flow once for each case, {name: (mode of the stand-in, function)}.
+
+    All run at the same time, as most of it is waiting.
+    """
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(cases)) as pool:
         futures = {}
         for name, (mode, start) in cases.items():
@@ -68,7 +71,10 @@ def together(tmp_path_factory, cases):
 
 
 def nobody(folder, server):
-    """A user who may read everything, as the interpreter may lie in root's home, and write only in this folder."""
+    """Run the flow as a user who may write only in this folder.
+
+    They may read everything, as the interpreter may lie in root's home.
+    """
     user = pwd.getpwnam("nobody")
     locked = folder / "locked"
     locked.mkdir(mode=0o555)
@@ -165,7 +171,7 @@ def good(tmp_path_factory):
 
 
 def sync_lines(output):
-    return re.findall(r"To send W&B what it lacks: wandb sync (.+?) *$", output, re.M)
+    return re.findall(r"Upload what W&B is missing: wandb sync (.+?) *$", output, re.M)
 
 
 def sync_folders(output):
@@ -184,10 +190,8 @@ def test_offline_sends_nothing(good):
             and folder.parent.parent == run.folder
         )
         assert list(folder.glob("*.wandb"))
-        assert not re.search(
-            rb"/None/|project.{0,9}None",
-            b"".join(file.read_bytes() for file in folder.rglob("*") if file.is_file()),
-        )
+        content = b"".join(file.read_bytes() for file in folder.rglob("*") if file.is_file())
+        assert not re.search(rb"/None/|project.{0,9}None", content)
 
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
@@ -205,41 +209,42 @@ def test_offline_makes_no_connection(good, tmp_path):
     assert len(internet(tmp_path / "trace")) == 1
 
 
+def by_step(server):
+    """Return what the server has of the two steps: train, evaluate."""
+    return sorted(server.runs.values(), key=lambda sent: sent["displayName"], reverse=True)
+
+
 def test_everything_logged_arrives(good):
     run = good["online"]
     assert run.code == 0 and "Traceback" not in run.output, run.output
-    found, scores = artifacts(run.folder, "train"), artifacts(run.folder, "evaluate")["scores"]
-    train, evaluate = sorted(
-        run.server.runs.values(), key=lambda each: each["displayName"], reverse=True
-    )
+    found = artifacts(run.folder, "train")
+    scores = artifacts(run.folder, "evaluate")["scores"]
+    train, evaluate = by_step(run.server)
     assert [
         {"step": row["train/global_step"], "loss": row["train/loss"]}
         for row in train["history"]
         if "train/loss" in row
     ] == [{"step": row["step"], "loss": pytest.approx(row["loss"])} for row in found["losses"]]
     assert len(found["losses"]) >= 20
-    assert (
-        train["config"]["pairs"] == len(found["training"])
-        and train["config"]["num_train_epochs"] == 2
-    )
+    assert train["config"]["examples"] == len(found["training"]) and train["config"]["epochs"] == 2
     assert train["summary"]["train/loss"] == pytest.approx(found["losses"][-1]["loss"])
     assert {name: evaluate["summary"][name] for name in scores} == pytest.approx(scores)
     assert train["exits"] == evaluate["exits"] == [0]
-    for each, step in ((train, "train"), (evaluate, "evaluate")):
-        number = each["config"]["run"]
+    for sent, step in ((train, "train"), (evaluate, "evaluate")):
+        number = sent["config"]["run"]
         assert (
-            each["tags"] == ["TemplateFlow", number, step]
-            and each["displayName"] == f"{number}/{step}"
+            sent["tags"] == ["TemplateFlow", number, step]
+            and sent["displayName"] == f"{number}/{step}"
         )
-        assert each["groupName"] == f"TemplateFlow/{number}" and f"run-id {number}" in run.output
-        assert each["project"] == "project" and each["config"]["resumed_from"] is None
+        assert sent["groupName"] == f"TemplateFlow/{number}" and f"run-id {number}" in run.output
+        assert sent["project"] == "project" and sent["config"]["resumed_from"] is None
         for name in (
             "config.yaml",
             "requirements.txt",
             "wandb-metadata.json",
             "wandb-summary.json",
         ):
-            assert run.server.files[each["name"], name]
+            assert run.server.files[sent["name"], name]
     assert len(run.server.runs) == 2
     assert {key for _, path, key in run.server.requests if path == "/graphql"} == {KEY}
 
@@ -308,7 +313,7 @@ def waits(output, step):
     times = [datetime.fromisoformat(time).timestamp() for time, _ in lines]
     loaded, mode, sent, over = (
         next(i for i, (_, text) in enumerate(lines) if text.startswith(word))
-        for word in ("wandb: [wandb.login()]", "W&B mode", "To send W&B", "Task finished")
+        for word in ("wandb: [wandb.login()]", "W&B mode", "Upload what W&B", "Task finished")
     )
     worked = max(
         (i for i, (_, text) in enumerate(lines) if "'train_runtime'" in text), default=mode
@@ -329,7 +334,7 @@ def test_trouble_with_wandb_is_bounded_and_costs_no_result(failure, bad, record_
     for step, seconds in found.items():
         record_property(f"{failure} {step}", seconds)
         assert sum(seconds) < 60, (step, seconds)
-    lines = re.findall(r"W&B is out of reach, going on offline: (.*)", run.output)
+    lines = re.findall(r"W&B cannot be reached, continuing offline: (.*)", run.output)
     assert len(lines) == (
         1 if failure in MID_RUN else 2
     )  # in the middle of a run the client itself says it
@@ -366,9 +371,7 @@ def test_what_was_kept_can_be_sent_later(failure, bad):
                 stderr=subprocess.STDOUT,
             )
             assert done.returncode == 0, done.stdout
-        train, evaluate = sorted(
-            server.runs.values(), key=lambda each: each["displayName"], reverse=True
-        )
+        train, evaluate = by_step(server)
     sent = [row["train/loss"] for row in train["history"] if "train/loss" in row]
     assert sent == pytest.approx([row["loss"] for row in losses]) and train["project"] == "project"
     assert evaluate["summary"]["chrf"] == pytest.approx(
@@ -377,12 +380,12 @@ def test_what_was_kept_can_be_sent_later(failure, bad):
 
 
 def test_a_failing_step_is_marked_once_and_resume_names_its_origin(tmp_path):
-    line = '            # YOUR CODE: log your own numbers: run.log({"name": 1.0})\n'
+    line = '            log({**numbers, "train/global_step": state.global_step})\n'
     source = FLOW.read_text()
     assert source.count(line) == 1
     copy = tmp_path / FLOW.name
     copy.write_text(
-        source.replace(line, '            run.log({"mine": 1.0}); raise ValueError("boom-42")\n')
+        source.replace(line, line + '            log({"mine": 1.0}); raise ValueError("boom-42")\n')
     )
     with StandIn() as server:
         broken = tracked(tmp_path, server, "--offline", "False", *SHORT, flow=copy)

@@ -242,7 +242,9 @@ def test_outdated_says_what_it_cannot_do(next_release, arguments, said, tmp_path
 
 def test_without_releases(tmp_path):
     shutil.copytree(ROOT / "tools", repository(tmp_path) / "tools")
-    assert "no releases here; git fetch --tags" in run("python tools/outdated.py .", tmp_path, code=2)
+    assert "no releases here; git fetch --tags" in run(
+        "python tools/outdated.py .", tmp_path, code=2
+    )
 
 
 def test_every_template_carries_its_name_and_the_newest_release():

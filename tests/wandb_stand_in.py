@@ -1,4 +1,4 @@
-"""A W&B server on loopback for the real client: answers, keeps what it is sent, and fails when told to."""
+"""A W&B server on loopback for the real client: it keeps what it gets, and fails as it is told."""
 
 import base64
 import contextlib
@@ -129,7 +129,7 @@ class StandIn:
                 run = self.run(given["name"])
                 config = json.loads(given.pop("config", "{}"))
                 run["config"].update(
-                    {key: each["value"] for key, each in config.items() if key != "_wandb"}
+                    {key: item["value"] for key, item in config.items() if key != "_wandb"}
                 )
                 run.update(given)
                 project = {

@@ -1,4 +1,4 @@
-"""Does what Argo Workflows does with a compiled flow: each container's own command, in the order of the graph."""
+"""Run a compiled flow as Argo Workflows does: its containers, in the order of the graph."""
 
 import base64
 import graphlib
@@ -12,7 +12,7 @@ from remote.pods import docker
 
 
 def filler(values):
-    """Return a function that replaces {{name}} in a text by its value; a name that is not known is an error."""
+    """Return a function that replaces {{name}} by its value; an unknown name is an error."""
 
     def value(match):
         name = match[1].strip()
@@ -25,7 +25,10 @@ def filler(values):
 
 
 def attempt(cluster, container, name, fill, outputs, kill, limit):
-    """Run one container to its end; return (exit code, its log). It is killed at a line for which `kill` is true."""
+    """Run one container to its end; return (exit code, its log).
+
+    It is killed at a line for which `kill` is true.
+    """
     command = cluster.command(container, name, fill, ["--rm", f"--volume={outputs}:/mnt/out"])
     process = subprocess.Popen(
         ["docker", *command],
@@ -50,11 +53,15 @@ def attempt(cluster, container, name, fill, outputs, kill, limit):
 
 
 def submit(manifest, cluster, run, kill=None, limit=200, **parameters):
-    """Run a whole flow as argo-<run>; return {step: (task id, [(exit code, log), ...])}. `kill` is for `train`."""
+    """Run a whole flow as argo-<run>; return {step: (task id, [(exit code, log), ...])}.
+
+    `kill` is for `train`.
+    """
     spec, done = manifest["spec"], {}
-    templates = {each["name"]: each for each in spec["templates"]}
+    templates = {template["name"]: template for template in spec["templates"]}
     tasks = {task["name"]: task for task in templates[spec["entrypoint"]]["dag"]["tasks"]}
-    given = {each["name"]: each["value"] for each in spec["arguments"]["parameters"]} | parameters
+    defaults = spec["arguments"]["parameters"]
+    given = {default["name"]: default["value"] for default in defaults} | parameters
     values = {"workflow.name": run, "workflow.creationTimestamp": "2026-01-01T00:00:00Z"}
     values |= {f"workflow.parameters.{name}": value for name, value in given.items()}
     before = {
@@ -64,8 +71,8 @@ def submit(manifest, cluster, run, kill=None, limit=200, **parameters):
     for step in graphlib.TopologicalSorter(before).static_order():
         template, fill, attempts = templates[tasks[step]["template"]], filler(values), []
         inputs = {
-            f"inputs.parameters.{each['name']}": fill(each["value"])
-            for each in tasks[step]["arguments"]["parameters"]
+            f"inputs.parameters.{parameter['name']}": fill(parameter["value"])
+            for parameter in tasks[step]["arguments"]["parameters"]
         }
         for number in range(1 + int((template.get("retryStrategy") or {}).get("limit") or 0)):
             with tempfile.TemporaryDirectory() as outputs:

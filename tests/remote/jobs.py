@@ -1,4 +1,4 @@
-"""The part of the Kubernetes API that Metaflow asks for: Jobs and their pods. Every Job is a docker container."""
+"""The part of the Kubernetes API that Metaflow uses; a Job is a docker container."""
 
 import contextlib
 import json
@@ -102,7 +102,7 @@ class Handler(BaseHTTPRequestHandler):
             jobs[new.name] = new
             return self.answer(new.shown(), 201)
         if self.command == "GET" and pods:
-            items = [each.pod() for each in jobs.values() if each.name == pods["name"]]
+            items = [job.pod() for job in jobs.values() if job.name == pods["name"]]
             return self.answer(
                 {"apiVersion": "v1", "kind": "PodList", "metadata": {}, "items": items}
             )
@@ -120,7 +120,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def api(cluster):
-    """Serve the API on a free port of this machine's loopback; yield (its address, the jobs by name)."""
+    """Serve the API on a free port of loopback; yield (its address, the jobs by name)."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.cluster, server.jobs = cluster, {}
         threading.Thread(target=server.serve_forever, daemon=True).start()

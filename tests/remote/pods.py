@@ -30,7 +30,7 @@ def remove(label):
 
 
 class Cluster:
-    """What a cluster adds to each pod: variables (here the keys of S3), Kubernetes secrets, and its own images."""
+    """What a cluster adds to a pod: variables (here the keys of S3), secrets and its own images."""
 
     def __init__(self, label, variables, secrets=None, images=None):
         self.label, self.variables, self.secrets, self.images = (
@@ -45,12 +45,12 @@ class Cluster:
         variables = {}
         for source in container.get("envFrom") or []:
             variables |= self.secrets[source["secretRef"]["name"]]
-        for each in container.get("env") or []:
-            if each.get("value") is not None:
-                variables[each["name"]] = fill(each["value"])
-            elif each.get("valueFrom"):
-                field = each["valueFrom"]["fieldRef"]["fieldPath"]
-                variables[each["name"]] = name if field == "metadata.name" else POD[field]
+        for variable in container.get("env") or []:
+            if variable.get("value") is not None:
+                variables[variable["name"]] = fill(variable["value"])
+            elif variable.get("valueFrom"):
+                field = variable["valueFrom"]["fieldRef"]["fieldPath"]
+                variables[variable["name"]] = name if field == "metadata.name" else POD[field]
         settings = [f"--env={key}={value}" for key, value in (self.variables | variables).items()]
         program, *arguments = [
             fill(part) for part in [*container["command"], *(container.get("args") or [])]

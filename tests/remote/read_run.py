@@ -1,8 +1,9 @@
-"""Print what the Metaflow client finds of a run, as a pickle: successful, its artifacts, cards and logs by step.
+"""Print (successful, artifacts, cards, logs) of a run, by step, as a pickle.
 
     python read_run.py FLOW/RUN '{"step": "task id", ...}'
 
-Under Argo with metadata kept in files, each pod leaves its records in the datastore; they are fetched from there first.
+Under Argo with metadata kept in files, each pod leaves its records in the datastore; this script
+fetches them from there first.
 """
 
 import json
@@ -19,7 +20,7 @@ from metaflow.plugins import DATASTORES
 
 name, tasks = sys.argv[1], json.loads(sys.argv[2])
 flow, run = name.split("/")
-s3 = next(each for each in DATASTORES if each.TYPE == "s3")
+s3 = next(datastore for datastore in DATASTORES if datastore.TYPE == "s3")
 store = FlowDataStore(flow, None, storage_impl=s3, ds_root=DATASTORE_SYSROOT_S3)
 for step, task in tasks.items():
     sync_local_metadata_from_datastore(

@@ -1,7 +1,8 @@
-"""For tests only: Metaflow asks nobody outside this machine. A deployment never has this folder on its PYTHONPATH.
+"""For tests only: Metaflow asks no server outside this machine.
 
-The Outerbounds plug-ins take three things from their own server: keys for S3, the address of the cluster, and what
-@nvidia may use. Here S3 takes boto3's own keys, and the other two answers are given on the spot.
+A deployment never has this folder on its PYTHONPATH. The Outerbounds plug-ins ask their own server
+for three things: keys for S3, the address of the cluster, and what @nvidia may use. Here S3 takes
+boto3's own keys, and this file gives the other two answers.
 """
 
 import os as _os
@@ -26,8 +27,8 @@ def _nvidia(url, *arguments, **options):
     answer = _requests.Response()
     answer.status_code = 200
     answer._content = (
-        b'{"nvcf": {"api_key": "none", "functions": [{"model_key": "metaflow_task_executor", "gpu": 1,'
-        b' "gpu_type": "L40S", "id": "none"}]}}'
+        b'{"nvcf": {"api_key": "none", "functions": [{"model_key": "metaflow_task_executor",'
+        b' "gpu": 1, "gpu_type": "L40S", "id": "none"}]}}'
     )
     return answer
 

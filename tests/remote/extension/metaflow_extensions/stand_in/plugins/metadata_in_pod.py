@@ -1,7 +1,8 @@
 """Local metadata that a pod has too.
 
-Where `run` starts a pod, the launcher's own disk has the records of the run, step and task, which a metadata service
-would show to the pod. Without them a card cannot be drawn, so the pod writes them for itself first.
+Where `run` starts a pod, the launcher's own disk has the records of the run, step and task, which a
+metadata service would show to the pod. A card cannot be drawn without them, so the pod writes them
+for itself first.
 """
 
 import os
