@@ -380,10 +380,15 @@ def load(folder):
     try:
         # However the weights are stored, they are trained in float32.
         network = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype="float32")
-        return network, transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except (ImportError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"no model at {folder}: {reason}") from None
+    # Marian's positions are fixed and not saved, but transformers 5.24 would train them.
+    unsaved = network._keys_to_ignore_on_save or []
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad = name not in unsaved
+    return network, tokenizer
 
 
 def predict(model, examples):

@@ -209,8 +209,12 @@ def resumed_is_the_same(folder, options, **environment):
     code, output = recipes.run(folder, f"{recipes.FLOW} resume")
     assert code == 0, output
     resumed = recipes.artifacts(folder, "evaluate")
-    assert resumed["model"] == whole["model"] and resumed["losses"] == whole["losses"]
+    assert resumed["losses"] == whole["losses"]
     assert resumed["known_answers"] == whole["known_answers"]
+    assert resumed["model"].keys() == whole["model"].keys()
+    files = whole["model"].items()
+    changed = [name for name, content in files if resumed["model"][name] != content]
+    assert changed == []  # pytest would need hours to show how bytes differ
 
 
 @pytest.mark.parametrize("heading", [PAIR, SUMMARY])
