@@ -402,13 +402,11 @@ def test_summary_that_was_cut_is_told(summariser):
     assert [answer["cut_summaries"] for answer in answers] == [0, 1]
 
 
-def test_wrong_data_for_a_summariser_ends_in_one_line(summariser, tmp_path):
-    write_tsv(tmp_path / "pairs.tsv", ("source", "target"), [("a", "b")])
-    recipes.fails_in_one_line(
-        summariser,
-        f"--data {tmp_path / 'pairs.tsv'}",
-        "line 1: the header has to be text<TAB>summary",
-    )
+def test_wrong_data_for_a_summariser_ends_in_one_line(tmp_path):
+    folder = recipes.apply(SUMMARY, tmp_path)
+    write_tsv(folder / "pairs.tsv", ("source", "target"), [("a", "b")])
+    message = "pairs.tsv line 1: the header has to be text<TAB>summary"
+    recipes.fails_in_one_line(folder, "--data pairs.tsv", message)
 
 
 def test_summariser_that_was_killed_resumes_to_the_same_model(summariser):
