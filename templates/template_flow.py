@@ -1,12 +1,12 @@
 # template_flow.py, version 0.1.0
-"""Train a small English-to-French translator with Metaflow, tracked by Weights & Biases.
+"""Train a model with Metaflow, tracked by Weights & Biases.
 
     python template_flow.py run --offline True        no account, no key, no network
     python template_flow.py run --offline False       tracked: needs WANDB_API_KEY and WANDB_PROJECT
 
-The same file runs on a laptop and, after `outerbounds configure ...`, on a cluster. To train a
-model of your own, change the settings (section 1) and replace your work (sections 3 and 4); the
-flow and its mechanics (sections 2 and 5) work for any task.
+The same file runs on a laptop and, after `outerbounds configure ...`, on a cluster. As it is, it
+trains a small translator. For a model of your own, change the settings (section 1) and replace
+your work (sections 3 and 4); the flow and its mechanics (sections 2 and 5) work for any task.
 """
 
 import argparse
@@ -201,9 +201,11 @@ class UserError(Exception):
 
 
 def read(settings):
-    """Return the examples, here [(source, target), ...]: plain data, of any type.
+    """Return the examples, a list of plain data.
 
-    Called once, in `start`. Raises UserError for settings or data that cannot be used.
+    Called once, in `start`, where a cluster has only the standard library. Raises UserError for
+    settings or data that cannot be used.
+    Here an example is (source, target).
     """
     if settings.epochs < 1 or settings.seconds < 0 or settings.seed < 0:
         raise UserError("--epochs has to be 1 or more, --seconds and --seed 0 or more")
@@ -246,8 +248,8 @@ def key(example):
 def new_model(examples, settings):
     """Return a model to train, of any type: `fit`, `save` and `predict` get it as it is.
 
-    Here (model, tokenizer): the base model, or a T5 of 0.3 million parameters with a byte-level
-    BPE of at most 1000 tokens. `examples` are those to train on. May raise UserError.
+    `examples` are those to train on. May raise UserError.
+    Here (network, tokenizer) of --base-model, or a T5 of 0.3 million parameters.
     """
     transformers = import_transformers()
     transformers.set_seed(settings.seed)
@@ -268,7 +270,7 @@ def new_model(examples, settings):
 
 
 def new_tokenizer(examples):
-    """Return a byte-level BPE tokenizer made from the examples."""
+    """Return a byte-level BPE tokenizer of at most 1000 tokens, made from the examples."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     bpe = Tokenizer(models.BPE())
@@ -375,7 +377,10 @@ def save(model, folder):
 
 
 def load(folder):
-    """Return the model that `save` wrote, as `new_model` does; here also one from the hub."""
+    """Return the model that `save` wrote, as `new_model` does.
+
+    Here also one from the hub.
+    """
     transformers = import_transformers()
     try:
         # However the weights are stored, they are trained in float32.
@@ -392,7 +397,10 @@ def load(folder):
 
 
 def predict(model, examples):
-    """Return one output for each example, as the server would; here the greedy translation."""
+    """Return one output for each example, as the server would.
+
+    Here the greedy translation.
+    """
     network, tokenizer = model
     outputs = []
     for start in range(0, len(examples), BATCH_SIZE):
@@ -414,8 +422,9 @@ def predict(model, examples):
 def score(examples, outputs):
     """Return (scores, tables): {name: number} with METRIC among the names, and {title: rows}.
 
-    A score called "baseline_" + METRIC is what METRIC has to exceed, here that of copying the
-    source. The first row of a table is its header; the tables go to the card of `evaluate`.
+    A score called "baseline_" + METRIC is what METRIC has to exceed. The first row of a table is
+    its header; the tables go to the card of `evaluate`.
+    Here the baseline is the score of copying the source.
     """
     from sacrebleu.metrics import CHRF
 

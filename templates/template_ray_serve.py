@@ -1,17 +1,17 @@
 # template_ray_serve.py, version 0.1.0
-"""Serve a model, here a translator, over HTTP with Ray Serve.
+"""Serve a model over HTTP with Ray Serve.
 
     serve run template_ray_serve:translator_app --route-prefix "/translate"
     curl -d '{"text": "Hello world!"}' -H "Content-Type: application/json" \
         http://127.0.0.1:8000/translate
 
-It serves the folder `model/` beside this file, which export_model.py writes; without that folder,
-a small model from the hub. Another model, or another setting, is an argument:
+It serves the folder `model/` beside this file, which export_model.py writes. Another model, or
+another setting, is an argument:
 
     serve run template_ray_serve:build model=/path/to/model --route-prefix "/translate"
 
-To serve a task of your own, change the settings (section 1) and replace your work (section 2);
-the mechanics and the server (sections 3 and 4) work for any task.
+As it is, it serves a translator. For a task of your own, change the settings (section 1) and
+replace your work (section 2); the mechanics and the server (sections 3 and 4) work for any task.
 """
 
 import asyncio
@@ -102,20 +102,17 @@ HUB_TASK = "translation_en_to_fr"  # which of its tasks
 
 
 class ModelRequest(BaseModel):
-    """The body of a request: one text, or several."""
+    """The body of a request."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    text: str | Annotated[list[str], Field(max_length=1000)]
+    text: str | Annotated[list[str], Field(max_length=1000)]  # one, or several
 
 
 class ModelResponse(BaseModel):
-    """The body of an answer: as many translations as there were texts, in their order.
+    """The body of an answer; a field that has its default value is left out."""
 
-    A field that has its default value is left out.
-    """
-
-    translation: str | list[str]
+    translation: str | list[str]  # as many as there were texts, in their order
     cut_sentences: int = Field(0, description="Sentences whose translation hit max_new_tokens")
 
 
@@ -244,7 +241,10 @@ class Model:
         return len(sentence.tokens)
 
     def __call__(self, sentences: list[Sentence]) -> list[tuple[str, bool]]:
-        """Return one output for each input: here its translation, and whether that was cut."""
+        """Return one output for each input.
+
+        Here its translation, and whether that was cut.
+        """
         token_lists = [sentence.tokens for sentence in sentences]
         batch = self.tokenizer.pad({"input_ids": token_lists}, return_tensors="pt")
         with torch.inference_mode():
