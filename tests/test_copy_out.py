@@ -34,7 +34,7 @@ OWN = {
 
 
 def own(folder, files):
-    """A repository with a package, tests and settings of its own, and an older copy of the files."""
+    """A repository with a package, tests, settings of its own, and an older copy of the files."""
     for name, text in OWN.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)

@@ -1,4 +1,4 @@
-"""What docs/*.md says is true: its commands run, its diffs apply, its messages are the real ones."""
+"""What docs/*.md says is true: commands run, diffs apply, messages are the real ones."""
 
 import fnmatch
 import os
@@ -11,9 +11,9 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 from remote import pods
-from test_resume import epochs
 from test_readme import NOT_RUN, ROOT, clean, commands, copy, not_run, run, run_all
 from test_remote import HERE, KEYS, REFUSED
+from test_resume import epochs
 from test_template_flow import artifacts, pairs_file
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -171,6 +171,7 @@ RUN_AS = {
     "python": "saved, and run",
     "diff": "applied, and run",
     "yaml": "checked by test_rayservice.py",
+    "text": "data of the form that a test writes",
 }
 
 

@@ -1,4 +1,4 @@
-"""templates/rayservice.yaml: the config of the laptop, in a form that Kubernetes and KubeRay accept."""
+"""templates/rayservice.yaml: the config of the laptop, as Kubernetes and KubeRay accept it."""
 
 import http.server
 import json

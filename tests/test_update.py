@@ -207,7 +207,7 @@ def outdated(next_release, folder, code):
 
 
 def test_outdated_tells_apart(release, next_release, tmp_path):
-    """A copy as released, a changed one, one that differs only in its release number, and others."""
+    """A copy as released, a changed one, one that differs only in its release, and others."""
     folder = repository(tmp_path)
     (folder / "notes.md").write_text("# notes.md, version 0.1.0\n")
     (folder / "picture.png").write_bytes(b"\x89PNG\xff")

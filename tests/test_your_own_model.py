@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import recipes
 import template_flow
 import template_ray_serve
 from test_readme import ROOT, clean, commands, copy, run, shows
@@ -104,3 +105,14 @@ def test_rename_then_run_everything(tmp_path):
 def after_line_1(path):
     """Return the text of a file without the line that names the template."""
     return path.read_text("utf-8").partition("\n")[2]
+
+
+def test_table_counts_the_lines_of_each_change():
+    rows = re.findall(r"^\| \[(.*)\]\(#\S+\) \| (\d+) \| (\d+) \|$", PAGE.read_text(), re.MULTILINE)
+    assert len(rows) == 4
+    for title, added, removed in rows:
+        counted = [
+            file for file, _, _ in recipes.changes(title) if not recipes.UNCOUNTED.fullmatch(file)
+        ]
+        assert int(added) == len(counted) <= recipes.MAX_ADDED
+        assert int(removed) <= len(recipes.removed_lines(title))
