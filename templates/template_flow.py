@@ -235,10 +235,8 @@ def read_pairs(path):
 
 
 def key(example):
-    """Return a text: examples with the same key never stand on both sides of the split.
-
-    Here the letters and digits of the source: "Hello!" and "hello" are one sentence.
-    """
+    """Return a text: examples with the same key never stand on both sides of the split."""
+    # Here the letters and digits of the source: "Hello!" and "hello" are one sentence.
     source, _ = example
     text = unicodedata.normalize("NFKC", source).casefold()
     words = "".join(character if character.isalnum() else " " for character in text).split()
@@ -377,10 +375,8 @@ def save(model, folder):
 
 
 def load(folder):
-    """Return the model that `save` wrote, as `new_model` does.
-
-    Here also one from the hub.
-    """
+    """Return the model that `save` wrote, as `new_model` does."""
+    # Here also one from the hub.
     transformers = import_transformers()
     try:
         # However the weights are stored, they are trained in float32.
@@ -397,10 +393,8 @@ def load(folder):
 
 
 def predict(model, examples):
-    """Return one output for each example, as the server would.
-
-    Here the greedy translation.
-    """
+    """Return one output for each example, as the server would."""
+    # Here the greedy translation.
     network, tokenizer = model
     outputs = []
     for start in range(0, len(examples), BATCH_SIZE):

@@ -139,7 +139,9 @@ class Sentence(NamedTuple):
 
 
 class Model:
-    """A transformers sequence-to-sequence model and its tokenizer."""
+    """The model as the server uses it."""
+
+    # Here a transformers sequence-to-sequence model and its tokenizer.
 
     def __init__(self, name: str, settings: Any, threads: int) -> None:
         """Load the model; whatever it raises is reported in one line, and nothing is served.
@@ -171,7 +173,8 @@ class Model:
         self.language = settings.language or language_of(task)
         self.max_sentence_tokens = settings.max_sentence_tokens
         if self.max_sentence_tokens is None:
-            self.max_sentence_tokens = min(512, self.tokenizer.model_max_length)
+            trained = self.tokenizer.model_max_length  # a huge number if the tokenizer has none
+            self.max_sentence_tokens = trained if trained <= 4096 else 512
         self.max_new_tokens = settings.max_new_tokens
         if self.max_new_tokens is None:
             self.max_new_tokens = self.model.generation_config.max_new_tokens or 256
@@ -241,10 +244,8 @@ class Model:
         return len(sentence.tokens)
 
     def __call__(self, sentences: list[Sentence]) -> list[tuple[str, bool]]:
-        """Return one output for each input.
-
-        Here its translation, and whether that was cut.
-        """
+        """Return one output for each input."""
+        # Here its translation, and whether that was cut.
         token_lists = [sentence.tokens for sentence in sentences]
         batch = self.tokenizer.pad({"input_ids": token_lists}, return_tensors="pt")
         with torch.inference_mode():
@@ -348,7 +349,7 @@ def load_model(settings: Settings, threads: int) -> Model:
         model = Model(name, settings, threads)
         check_answers(model, read_known_answers(Path(name)) if name else [])
     except Exception as error:  # no folder, no hub, a broken file, a missing package, ...
-        reason = (str(error).splitlines() or [repr(error)])[0]
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise RuntimeError(
             f"no usable model {name!r} ({reason}): make one (`python template_flow.py run` and "
             "`python export_model.py`), or name one "
