@@ -114,6 +114,7 @@ COPIED = {
         "template_ray_serve.py",
         "test_template_ray_serve.py",
         "test_serve_mechanics.py",
+        "serve_process.py",
         "requirements-rayserve.txt",
     ),
 }
