@@ -66,7 +66,7 @@ class Settings(BaseModel):
     prefix: str | None = Field(None, description="Before each sentence; default: the model's own")
     language: str = Field("", description="Of the texts, such as en; default: the model's own")
     precision: Literal["float32", "bfloat16", "int8"] = Field(
-        "float32", description="Safe, or faster"
+        "float32", description="The others are faster"
     )
     max_sentence_tokens: int | None = Field(
         None, ge=16, le=4096, description="A longer sentence is cut; default: as in training"
@@ -116,7 +116,8 @@ class ModelResponse(BaseModel):
     cut_sentences: int = Field(0, description="Sentences whose translation hit max_new_tokens")
 
 
-# Tried at the start, and shown on the page, in /docs and in answers 422; known answers go first.
+# A valid request: tried at the start, shown on the page, in /docs and with error 422. Once there is
+# a `model/`, its first known answer is the example.
 EXAMPLE = {"text": "Hello world!"}
 COUNTERS = ("cut_sentences",)  # fields of ModelResponse to add up in metrics
 
@@ -188,7 +189,10 @@ class Model:
         return encoding["input_ids"]
 
     def plan(self, request: ModelRequest) -> list[Sentence]:
-        """Return the inputs of the model for a request; they may be of any type. May Refuse."""
+        """Return the inputs of the model for a request, of any type. May raise Refuse.
+
+        Runs on any thread, also while the model is busy.
+        """
         texts = texts_of(request)
         tokens = sum(len(self.encode(text)) for text in texts)
         limit = self.max_request_tokens
@@ -240,11 +244,14 @@ class Model:
         return first + second
 
     def size(self, sentence: Sentence) -> int:
-        """Return how large an input is: inputs of like size share a batch."""
+        """Return how large an input is: those of like size share a batch; the sum is a metric."""
         return len(sentence.tokens)
 
     def __call__(self, sentences: list[Sentence]) -> list[tuple[str, bool]]:
-        """Return one output for each input."""
+        """Return one output for each input. Inputs of several requests come together.
+
+        If it raises an error, each input is tried alone, and the one that fails gets 500.
+        """
         # Here its translation, and whether that was cut.
         token_lists = [sentence.tokens for sentence in sentences]
         batch = self.tokenizer.pad({"input_ids": token_lists}, return_tensors="pt")
@@ -271,7 +278,7 @@ class Model:
         inputs: list[Sentence],
         outputs: list[tuple[str, bool]],
     ) -> ModelResponse:
-        """Return the answer to a request, given its inputs and what the model made of them."""
+        """Return the answer to a request from the outputs for its inputs, in their order."""
         texts = [""] * len(texts_of(request))
         cut_sentences = 0
         for sentence, (translation, was_cut) in zip(inputs, outputs):
@@ -282,7 +289,10 @@ class Model:
         return ModelResponse(translation=texts, cut_sentences=cut_sentences)
 
     def same(self, answer: ModelResponse, known: ModelResponse) -> bool:
-        """Return True if an answer is the known one; numbers may differ in the last digits."""
+        """Return True if an answer is the known one: asked at the start for each known answer.
+
+        Numbers may differ in the last digits, from one machine to another.
+        """
         return answer == known
 
 
