@@ -87,7 +87,7 @@ def test_a_new_run_takes_nothing_from_an_older_one(tmp_path, unbroken):
 
 
 def test_errors_of_s3_change_nothing(tmp_path, unbroken):
-    from faults import s3_errors  # not earlier: it needs test_remote.py, which needs this file
+    from reliability import s3_errors  # not earlier: it needs test_remote.py, which needs this file
 
     _, _, _, wrong, _ = s3_errors(tmp_path, unbroken["model"]["model.safetensors"], 0)
     assert wrong == 0

@@ -3,8 +3,8 @@
 import re
 import shutil
 
-import faults
 import pytest
+import reliability
 from test_readme import ROOT
 
 pytestmark = pytest.mark.xdist_group("ray")
@@ -25,7 +25,8 @@ def test_a_killed_process_costs_no_more_than_the_page_says(folder):
         "slow disk",
     ]  # the others have tests of their own
     rows = {
-        name: figures for name, *figures in faults.serve_faults(folder, names, times=1, pause=2)
+        name: figures
+        for name, *figures in reliability.serve_faults(folder, names, times=1, pause=2)
     }
     print(rows)
     assert list(rows) == names
@@ -38,7 +39,7 @@ def test_a_killed_process_costs_no_more_than_the_page_says(folder):
 
 
 def test_with_too_many_requests_it_goes_on_answering(folder):
-    ((_, _, _, requests, _, _, refused, lost, wrong),) = faults.arrivals(
+    ((_, _, _, requests, _, _, refused, lost, wrong),) = reliability.arrivals(
         folder, ["load of 150 %"], 30
     )
     print(f"{requests} requests, {refused} of them refused")
@@ -48,13 +49,17 @@ def test_with_too_many_requests_it_goes_on_answering(folder):
 
 
 def test_nothing_grows(folder, monkeypatch):
-    monkeypatch.setattr(faults, "PAGE", folder / "page.md")
+    monkeypatch.setattr(reliability, "PAGE", folder / "page.md")
     rows = {
         name: (int(early), int(late))
-        for name, _, early, late, _, wrong in faults.long_run(folder, ["long run"], minutes=0.25)
+        for name, _, early, late, _, wrong in reliability.long_run(
+            folder, ["long run"], minutes=0.25
+        )
         if not wrong
     }
-    assert len(rows) == 3 * len(faults.PARTS) + 1 and (folder / "page.svg").stat().st_size > 5000
+    assert (
+        len(rows) == 3 * len(reliability.PARTS) + 1 and (folder / "page.svg").stat().st_size > 5000
+    )
     more = {"memory in MB": 60, "open files": 12, "threads": 12, "logs in MB": 30}
     assert all(late <= early + more[name.split(", ")[1]] for name, (early, late) in rows.items()), (
         rows
@@ -63,7 +68,7 @@ def test_nothing_grows(folder, monkeypatch):
 
 def test_page_has_a_row_for_each():
     page = (ROOT / "docs/reliability.md").read_text("utf-8")
-    for name in faults.NAMES[:-1]:
+    for name in reliability.NAMES[:-1]:
         assert f"| {name} |" in page
     assert all(
         (ROOT / "tests" / name).exists() or (ROOT / "templates" / name).exists()

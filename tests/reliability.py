@@ -1,6 +1,6 @@
 """Break the server and the flow on purpose and count what is lost: `make faults`.
 
-    python tests/faults.py [--times 10] [--seconds 300] [--minutes 30] [--only NAME ...]
+    python tests/reliability.py [--times 10] [--seconds 300] [--minutes 30] [--only NAME ...]
 
 Every answer is compared with the right one. Half of the clients take the first answer as it is, the
 other half try again as docs/serve.md says. Everything runs on this machine, on loopback, and ends
@@ -726,7 +726,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=30, help="of the long run")
     parser.add_argument("--only", nargs="*", default=NAMES, choices=NAMES, metavar="NAME")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("faults.py: told to end"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("reliability.py: told to end"))
     os.environ["OMP_NUM_THREADS"] = "1"
     folder = Path(tempfile.mkdtemp(prefix="faults.", dir="/tmp"))  # short: Ray puts sockets there
     tables = {name: [] for name in HEADS}
