@@ -45,6 +45,7 @@ from metaflow.metaflow_config import DEFAULT_DATASTORE, DEFAULT_ENVIRONMENT
 
 # isort: split
 # YOUR CODE: imports
+# Only of the standard library: on a cluster, `start` runs without your packages. Others: see below.
 import importlib
 import time
 import unicodedata
@@ -174,20 +175,16 @@ class TemplateFlow(FlowSpec, Settings):
     @step
     def end(self):
         """Print the scores, and fail if they are not good enough: the cards are kept."""
-        scores = [f"{name} {value:#.4g}" for name, value in self.scores.items()]
-        print("held-out scores:", ", ".join(scores))
+        print("held-out scores:", as_text(self.scores))
         require_quality(self.scores, self.minimum)
-        print(
-            "next: python export_model.py && "
-            'serve run template_ray_serve:translator_app --route-prefix "/translate"'
-        )
+        print("next: python export_model.py")
 
 
 # -- 3. Your work ----------------------------------------------------------------------------------
 # YOUR CODE: begin
 #
-# Replace what these functions do and keep their names. Nothing between `begin` and `end` needs
-# Metaflow: test it alone, or move it to a module and write `from my_work import *` here.
+# Replace what these functions do and keep their names; import packages inside of them. Nothing
+# here needs Metaflow: test it alone, or move it to a module and write `from my_work import *`.
 # `settings` has the parameters of section 1 as attributes: `settings.epochs`.
 
 TASK = "translation_en_to_fr"  # task and languages, as transformers names them
@@ -295,9 +292,10 @@ def new_tokenizer(examples):
 def fit(model, examples, settings, folder, save_checkpoint, log):
     """Train `model` in place; return [{"step": 1, "loss": 2.0}, ...] for the loss curve.
 
-    `folder` holds the last checkpoint when an interrupted training continues, else nothing. Write
-    a checkpoint there and call `save_checkpoint()` as often as you can afford to lose what lies
-    between. `log({"name": 1.0})` sends numbers to W&B, and works without W&B too.
+    `folder` is empty, or holds the last checkpoint of an interrupted training: then load it and
+    continue, and return the losses before the crash as well. Write checkpoints there and call
+    `save_checkpoint()`, which keeps the whole folder, as often as you can afford to lose work.
+    `log({"name": 1.0})` sends numbers to W&B, and works without W&B too.
     """
     network, tokenizer = model
     transformers = import_transformers()
@@ -569,7 +567,12 @@ def require_quality(scores, minimum):
         raise MetaflowException(f"METRIC is {METRIC!r}, but score() returned {', '.join(scores)}")
     baseline = scores.get(f"baseline_{METRIC}", -math.inf)
     if not (scores[METRIC] > minimum and scores[METRIC] > baseline):
-        raise MetaflowException(f"not good enough: {scores} with --minimum {minimum}")
+        raise MetaflowException(f"not good enough: {as_text(scores)} with --minimum {minimum}")
+
+
+def as_text(scores):
+    """Return scores as "accuracy 0.9132, loss 12.30"."""
+    return ", ".join(f"{name} {value:#.4g}" for name, value in scores.items())
 
 
 def restore_checkpoint():

@@ -93,8 +93,8 @@ class Settings(BaseModel):
 # YOUR CODE: begin
 #
 # Replace what is here and keep the names ModelRequest, ModelResponse, EXAMPLE, COUNTERS, Refuse
-# and Model. Nothing between `begin` and `end` needs Ray or FastAPI: test it alone, or move it to
-# a module and write `from my_work import *` here. `settings` has the attributes of Settings.
+# and Model. Nothing here needs Ray or FastAPI: test it alone, or move it to a module and write
+# `from my_work import *`. `settings` has the attributes of Settings.
 
 HUB_MODEL = "google-t5/t5-small"  # served when there is no `model/`
 HUB_REVISION = "df1b051c49625cf57a3d0d8d3863ed4cc13564fe"
@@ -343,9 +343,10 @@ def describe(error: ValidationError, fields: Any = None) -> str:
     problems: list[str] = []
     for problem in error.errors(include_input=False):
         path = problem["loc"]
+        if fields is not None and path:
+            numbers = [part for part in path[1:] if isinstance(part, int)]
+            path = (path[0], *numbers) if path[0] in fields else ()
         name = ".".join(map(str, path))
-        if fields is not None:
-            name = str(path[0]) if path and path[0] in fields else ""
         line = f"{name}: {problem['msg']}" if name else problem["msg"]
         if line not in problems:
             problems.append(line)
@@ -361,8 +362,8 @@ def load_model(settings: Settings, threads: int) -> Model:
     except Exception as error:  # no folder, no hub, a broken file, a missing package, ...
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise RuntimeError(
-            f"no usable model {name!r} ({reason}): make one (`python template_flow.py run` and "
-            "`python export_model.py`), or name one "
+            f"no usable model {name or 'model/'!r} ({reason}): make one "
+            "(`python template_flow.py run` and `python export_model.py`), or name one "
             "(`serve run template_ray_serve:build model=PATH`)"
         ) from None
     return model
@@ -569,7 +570,7 @@ async def read(request: Request, max_bytes: int) -> ModelRequest:
         return ModelRequest.model_validate_json(bytes(body))
     except ValidationError as error:
         problems = describe(error, ModelRequest.model_fields)
-        raise HTTPException(422, f"Send JSON like {json.dumps(EXAMPLE)}: {problems}.") from None
+        raise HTTPException(422, f"{problems}. Send JSON like {json.dumps(EXAMPLE)}.") from None
 
 
 def model_failed(error: Exception) -> HTTPException:

@@ -12,6 +12,7 @@ import asyncio
 import html
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -266,7 +267,7 @@ def test_a_bad_request_gets_a_short_answer_that_repeats_nothing(server, status, 
 def test_a_wrong_body_is_told_the_problem_and_the_example(server):
     status, answer = server.ask(body={"txet": "hello"})
     message = answer["error"]["message"]
-    assert message.startswith('Send JSON like {"text": "<hello>"}: ')
+    assert message.endswith('Send JSON like {"text": "<hello>"}.')
     assert "text: Field required" in message
 
 
@@ -512,8 +513,32 @@ def test_your_work_can_be_moved_to_a_module(tmp_path):
     (tmp_path / APP).write_text(app, "utf-8")
     code = "import template_ray_serve as app; print(app.Model.__module__, app.BODY)"
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(HERE)},  # modules of yours stand there
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert done.stdout.startswith("my_work {'schema'"), done.stderr
+
+
+def test_your_names_are_not_those_of_the_mechanics():
+    _, _, settings, work, mechanics = parts_of((HERE / APP).read_text("utf-8"))
+    yours = defined_in(work) - {"EXAMPLE"}
+    assert not yours & defined_in(settings + mechanics)
+
+
+def defined_in(code):
+    """Return the names that code defines at its top level."""
+    names = set()
+    for statement in ast.parse(code).body:
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(statement.name)
+        if isinstance(statement, ast.Assign):
+            names.update(target.id for target in statement.targets if hasattr(target, "id"))
+    return names
 
 
 # -- Batches ---------------------------------------------------------------------------------------

@@ -3,11 +3,15 @@
 import re
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import recipes
 import template_flow
 import template_ray_serve
+import torch
 from test_readme import ROOT, clean, commands, copy, run, shows
 
 PAGE = ROOT / "docs/your-own-model.md"
@@ -116,3 +120,38 @@ def test_table_counts_the_lines_of_each_change():
         ]
         assert int(added) == len(counted) <= recipes.MAX_ADDED
         assert int(removed) <= len(recipes.removed_lines(title))
+
+
+def test_loop_with_checkpoints_continues(tmp_path):
+    """The loop on the page, interrupted in the middle, ends as one that was not."""
+    (loop,) = re.findall(r"^```python\n(.*?)^```", section("In the flow"), re.DOTALL | re.MULTILINE)
+    code = "def fit(network, optimizer, examples, settings, folder, save_checkpoint):\n"
+    scope = {"Path": Path, "torch": torch, "train_one_epoch": train_one_epoch}
+    exec(code + textwrap.indent(loop, "    "), scope)  # noqa: S102
+
+    def train(folder, epochs):
+        folder.mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        network = torch.nn.Linear(2, 1)
+        optimizer = torch.optim.Adam(network.parameters(), lr=0.1)
+        saved = []
+        settings = SimpleNamespace(epochs=epochs)
+        losses = scope["fit"](network, optimizer, None, settings, folder, lambda: saved.append(1))
+        return losses, network.weight.tolist(), len(saved)
+
+    whole = train(tmp_path / "whole", 6)
+    train(tmp_path / "parts", 4)
+    losses, weights, saved = train(tmp_path / "parts", 6)
+    assert (losses, weights) == whole[:2]
+    assert len(losses) == 6
+    assert saved == 2
+
+
+def train_one_epoch(network, optimizer, examples):
+    """Fit a line to two points; return the loss."""
+    inputs = torch.tensor([[1.0, 2.0], [3.0, 1.0]])
+    loss = (network(inputs) - torch.tensor([[1.0], [0.0]])).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
