@@ -17,7 +17,7 @@ from test_template_ray_serve import PAIRS, make_model  # noqa: E402
 
 README, SHIP = commands(), commands(ROOT / "docs/ship.md")
 ASK = README[-2:]  # serve run, curl
-CHECK = ("python check_serve_config.py serve_config.yaml", ["serve_config.yaml: in order"])
+CHECK = ("python check_serve_config.py serve_config.yaml", ["serve_config.yaml: valid"])
 TRAIN = ("python template_flow.py run --offline True --epochs 8", ["Done!"])
 ROWS = {"train": [TRAIN], "serve": [CHECK, *ASK], "image": [CHECK, *SHIP[3:6]], "all": README[2:]}
 OWN = {
