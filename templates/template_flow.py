@@ -461,21 +461,15 @@ def demo_pairs():
 
 def demo_greetings():
     """Return pairs such as ("Hello world!", "Bonjour le monde !")."""
-    greetings = {"Hello": "Bonjour", "Welcome": "Bienvenue", "Thanks": "Merci"}
-    greetings["Good morning"] = "Bonjour"
-    people = {
-        "world": "le monde",
-        "my friend": "mon ami",
-        "my love": "mon amour",
-        "sir": "monsieur",
-    }
-    people |= {"madam": "madame", "everyone": "tout le monde", "children": "les enfants"}
-    people |= {"doctor": "docteur", "neighbour": "voisin", "ladies": "mesdames"}
-    people |= {"gentlemen": "messieurs", "teacher": "professeur"}
+    greetings = {"Hello": "Bonjour", "Good morning": "Bonjour"}
+    greetings |= {"Welcome": "Bienvenue", "Thanks": "Merci"}
+    people = {"": "", " world": " le monde", " my friend": " mon ami", " my love": " mon amour"}
+    people |= {" sir": " monsieur", " madam": " madame", " everyone": " tout le monde"}
+    people |= {" children": " les enfants", " doctor": " docteur", " neighbour": " voisin"}
+    people |= {" ladies": " mesdames", " gentlemen": " messieurs", " teacher": " professeur"}
     ends = {"!": " !", ".": ".", "": ""}
-    alone = [(hello + end, greetings[hello] + ends[end]) for hello in greetings for end in ends]
-    return alone + [
-        (f"{hello} {person}{end}", f"{greetings[hello]} {people[person]}{ends[end]}")
+    return [
+        (f"{hello}{person}{end}", f"{greetings[hello]}{people[person]}{ends[end]}")
         for hello in greetings
         for person in people
         for end in ends
@@ -485,17 +479,18 @@ def demo_greetings():
 def demo_sentences():
     """Return pairs such as ("The cat sees a red car.", "Le chat voit une voiture rouge.")."""
     subjects = {"The cat": "Le chat", "The queen": "La reine", "My sister": "Ma sœur"}
-    subjects["A child"] = "Un enfant"
+    subjects |= {"A child": "Un enfant"}
     verbs = {"sees": "voit", "wants": "veut", "likes": "aime", "buys": "achète", "paints": "peint"}
     nouns = {"house": "maison", "car": "voiture", "door": "porte", "table": "table"}
-    nouns["flower"] = "fleur"
-    before = {"small": "petite", "big": "grande", "beautiful": "belle"}  # the noun, in French
-    after = {"red": "rouge", "green": "verte", "black": "noire", "wonderful": "merveilleuse"}
-    things = {f"the {noun}": f"la {french}" for noun, french in nouns.items()}
+    nouns |= {"flower": "fleur"}
+    adjectives = {"small ": "petite {}", "big ": "grande {}", "beautiful ": "belle {}"}  # {}: noun
+    adjectives |= {"": "{}", "red ": "{} rouge", "green ": "{} verte", "black ": "{} noire"}
+    adjectives |= {"wonderful ": "{} merveilleuse"}
+    things = {}
     for noun, french in nouns.items():
-        things |= {f"the {word} {noun}": f"la {before[word]} {french}" for word in before}
-        things |= {f"the {word} {noun}": f"la {french} {after[word]}" for word in after}
-    things |= {f"a{the[3:]}": f"une{la[2:]}" for the, la in things.items()}
+        for adjective, pattern in adjectives.items():
+            things[f"the {adjective}{noun}"] = "la " + pattern.format(french)
+            things[f"a {adjective}{noun}"] = "une " + pattern.format(french)
     return [
         (f"{who} {does} {thing}.", f"{subjects[who]} {verbs[does]} {things[thing]}.")
         for who in subjects
