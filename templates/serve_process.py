@@ -127,7 +127,7 @@ class Server:
                 pass
         return found
 
-    def wait(self, seconds=120):
+    def wait(self, seconds=400):
         """Wait until the app answers, and return the server; fail with the log if it does not."""
         health = self.route.rstrip("/") + "/health"
         end = time.monotonic() + seconds

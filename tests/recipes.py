@@ -174,7 +174,7 @@ def without(folder, packages):
     return {"PYTHONPATH": str(site)}
 
 
-def run(folder, command, seconds=300, **environment):
+def run(folder, command, seconds=900, **environment):
     """Run a command line as somebody does who just opened a terminal; (exit code, its output)."""
     done = subprocess.run(
         ["bash", "-c", command],
@@ -351,7 +351,7 @@ class Image:
         finally:
             connection.close()
 
-    def wait(self, route, body, seconds=120):
+    def wait(self, route, body, seconds=400):
         """Wait until it answers a request; return the answer."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:

@@ -141,7 +141,7 @@ class Container:
     def logs(self):
         return pods.docker("logs", self.id).stdout
 
-    def wait(self, ask=None, seconds=120):
+    def wait(self, ask=None, seconds=400):
         """Wait until it translates."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.state("Running") == "true":
