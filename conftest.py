@@ -31,7 +31,7 @@ def pytest_configure():
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """With NO_SKIP, a skipped test fails, except those that need a file we may not copy."""
+    """With NO_SKIP set, fail skipped tests, unless they need a file that we may not distribute."""
     report = yield
     if report.skipped and os.environ.get("NO_SKIP") and not item.get_closest_marker("needs_file"):
         report.outcome = "failed"

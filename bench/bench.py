@@ -164,7 +164,7 @@ class Line:
         self.reader = self.writer = None
         self.form = (
             (lambda text: [text]) if server == "bentoml" else str
-        )  # one that batches takes lists only
+        )  # a batching endpoint accepts only lists
 
     async def ask(self, text):
         """Seconds until the answer, and whether it was one."""

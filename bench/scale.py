@@ -2,9 +2,9 @@
 
     python scale.py [--requests N]
 
-The nodes are raylets of one machine, each with a replica of its own. More of them cannot be faster
-than the machine's CPUs: what counts is that the CPU time of a request stays the same. A small
-model, so that the rest shows. Then: what memory many requests leave behind.
+The nodes are raylets on one machine, with one replica each. More nodes cannot exceed its CPUs, so
+compare the CPU time per request, which should stay the same. The model is small, to make the other
+costs visible. Afterwards, the memory after many requests is measured.
 """
 
 import argparse

@@ -4,8 +4,8 @@
     python rayserve_entrypoint.py serve run serve_config.yaml
     python rayserve_entrypoint.py health serve_config.yaml      0 if the app answers its own example
 
-A wrong config ends it at once, with the reason. On SIGTERM or SIGINT it takes no new requests and
-ends when the requests in flight are answered; `serve run` alone would drop them.
+An invalid config stops it at once and prints the reason. On SIGTERM or SIGINT it accepts no new
+requests and exits after answering those in flight; `serve run` alone would drop them.
 """
 
 import json

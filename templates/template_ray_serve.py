@@ -164,7 +164,7 @@ class Model:
             self.model = torch.ao.quantization.quantize_dynamic(self.model, layers, torch.qint8)
 
     def read_settings(self, settings: Any) -> None:
-        """Take what is not set from where transformers keeps it, in the model's own files."""
+        """Use the model's own files for every setting that is not given."""
         tasks = getattr(self.model.config, "task_specific_params", None) or {}
         task = HUB_TASK if HUB_TASK in tasks else next(iter(tasks), "")
         prefix = tasks.get(task, {}).get("prefix", "")
@@ -527,7 +527,7 @@ form.onsubmit = async event => {
 
 
 # -- 4. The server: a request, from top to bottom --------------------------------------------------
-# Last, as Ray stores the class with what stands above it.
+# It comes last because Ray pickles the class together with the names defined above it.
 
 
 class OptionalTrailingSlash:
@@ -574,7 +574,7 @@ async def read(request: Request, max_bytes: int) -> ModelRequest:
 
 
 def model_failed(error: Exception) -> HTTPException:
-    """Return what the client gets; log where it failed, without a message that may quote it."""
+    """Return the client's error; log where the work failed, but no message: it may quote text."""
     frames = traceback.extract_tb(error.__traceback__)
     places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
     name = type(error).__name__

@@ -64,18 +64,19 @@ def shows(output, expected):
     return True
 
 
-def run(command, folder, environment):
+def run(command, folder, environment, code=0, seconds=400):
+    """Return what a shell command prints; fail if it ends with another exit code."""
     done = subprocess.run(
         ["bash", "-c", command],
         cwd=folder,
         env=environment,
-        timeout=400,
+        timeout=seconds,
         text=True,
         encoding="utf-8",
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == code, done.stdout
     return done.stdout
 
 

@@ -89,18 +89,10 @@ def both(tmp_path_factory):
     def start(way):
         folder = tmp_path_factory.mktemp(way.replace(" ", "_"))
         flow = Path(shutil.copy(FLOW, folder))
+        options = ("--offline", "False", "--epochs", "2")
         with StandIn() as server:
             if way == "command":
-                return tracked(
-                    folder,
-                    server,
-                    "--offline",
-                    "False",
-                    "--epochs",
-                    "2",
-                    flow=flow,
-                    WANDB_API_KEY=CANARY,
-                )
+                return tracked(folder, server, *options, flow=flow, WANDB_API_KEY=CANARY)
             example = EXAMPLE.read_text()
             assert re.search("^WANDB_API_KEY=$", example, re.M) and re.search(
                 "^WANDB_PROJECT=$", example, re.M
@@ -110,17 +102,8 @@ def both(tmp_path_factory):
                     "WANDB_PROJECT=", "WANDB_PROJECT=from-env-file"
                 )
             )
-            return tracked(
-                folder,
-                server,
-                "--offline",
-                "False",
-                "--epochs",
-                "2",
-                flow=flow,
-                WANDB_API_KEY=None,
-                WANDB_PROJECT=None,
-            )
+            nothing = {"WANDB_API_KEY": None, "WANDB_PROJECT": None}
+            return tracked(folder, server, *options, flow=flow, **nothing)
 
     with ThreadPoolExecutor(2) as pool:
         yield dict(zip(("command", "env file"), pool.map(start, ("command", "env file"))))

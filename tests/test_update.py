@@ -3,12 +3,12 @@
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from test_readme import ROOT, commands, shows
+from test_readme import run as run_command
 from test_repository import names
 
 SETS = {
@@ -31,18 +31,7 @@ def run(command, folder, code=0, **more):
         **GIT,
         **more,
     }
-    done = subprocess.run(
-        ["bash", "-c", command],
-        cwd=folder,
-        env=environment,
-        timeout=120,
-        text=True,
-        encoding="utf-8",
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert done.returncode == code, done.stdout
-    return done.stdout
+    return run_command(command, folder, environment, code, seconds=120)
 
 
 def change(path, old, new):

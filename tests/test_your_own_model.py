@@ -123,7 +123,7 @@ def test_table_counts_the_lines_of_each_change():
 
 
 def test_loop_with_checkpoints_continues(tmp_path):
-    """The loop on the page, interrupted in the middle, ends as one that was not."""
+    """An interrupted run of the loop on the page ends like an uninterrupted one."""
     (loop,) = re.findall(r"^```python\n(.*?)^```", section("In the flow"), re.DOTALL | re.MULTILINE)
     code = "def fit(network, optimizer, examples, settings, folder, save_checkpoint):\n"
     scope = {"Path": Path, "torch": torch, "train_one_epoch": train_one_epoch}
