@@ -60,7 +60,7 @@ def test_script_of_the_page_runs(tmp_path):
     folder = copy(tmp_path)
     (folder / "script.py").write_text(script)
     output = run("python script.py", folder, clean(folder))
-    assert re.search(r"True \{'held_out_pairs': 201, .*'chrf'", output), output
+    assert re.search(r"True \{'exact_match': .*'chrf': .*'baseline_chrf'", output), output
 
 
 def changed(folder, number):
