@@ -86,7 +86,7 @@ bench: setup $(PEERS) ## compare the server with its peers, an hour; make bench 
 	$(BIN)/python bench/scale.py
 
 faults: setup ## break things under load and count what is lost, three hours; make faults FAULTS="--times 3 --seconds 60"
-	@$(BIN)/python tests/reliability.py $(FAULTS)
+	@PYTHONPATH=templates:tests $(BIN)/python -m reliability $(FAULTS)
 
 lint: setup ## check format, style and types
 	@$(BIN)/ruff format --check .

@@ -10,7 +10,6 @@ your work, see test_template_ray_serve.py.
 import ast
 import asyncio
 import html
-import importlib.util
 import json
 import os
 import subprocess
@@ -24,134 +23,25 @@ from pathlib import Path
 import pytest
 import yaml
 from click import ClickException
-from serve_process import Server
+from serve_testing import (
+    APP,
+    HERE,
+    Server,
+    built,
+    different,
+    flat,
+    imported,
+    parts_of,
+    used_by,
+    write_model,
+    write_toy,
+)
 
-HERE = Path(__file__).parent
-APP = "template_ray_serve.py"
 CONFIG = HERE / "serve_config.yaml"
 ROUTE = "/toy"
 
-TOY = '''
-import time
-from pathlib import Path
-
-from pydantic import BaseModel, ConfigDict
-
-
-class ModelRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    text: str | list[str]
-
-
-class ModelResponse(BaseModel):
-    loud: str | list[str]
-    long_texts: int = 0
-
-
-EXAMPLE = {"text": "<hello>"}
-COUNTERS = ("long_texts",)
-
-
-class Refuse(Exception):
-    def __init__(self, status, reason):
-        super().__init__(reason)
-        self.status = status
-
-
-class Model:
-    """Answers "hello" with "HELLO!"; what it loads is the "!"."""
-
-    def __init__(self, name, settings, threads):
-        self.end = Path(name, "end.txt").read_text() if name else "!"
-
-    def plan(self, request):
-        texts = request.text if isinstance(request.text, list) else [request.text]
-        if len(texts) > 100:
-            raise Refuse(413, "More than 100 texts.")
-        if "refuse" in texts:
-            raise Refuse(422, "A text that is refused.")
-        if "fail to plan" in request.text:
-            raise ValueError(texts)
-        return texts
-
-    def size(self, text):
-        return len(text)
-
-    def __call__(self, texts):
-        for text in texts:
-            if text.startswith("wait"):
-                Path("waiting").touch()
-                time.sleep(float(text.split()[1]))
-            if text.startswith("fail to run"):
-                raise ValueError(text)
-        return [text.upper() + self.end for text in texts]
-
-    def answer(self, request, inputs, outputs):
-        if "fail to answer" in request.text:
-            raise ValueError(inputs)
-        loud = outputs if isinstance(request.text, list) else outputs[0]
-        return ModelResponse(loud=loud, long_texts=sum(len(text) > 20 for text in inputs))
-
-    def same(self, answer, known):
-        return answer == known
-'''
-
 
 # -- The toy app -----------------------------------------------------------------------------------
-
-
-def parts_of(app):
-    """Return (head, imports, settings, work, mechanics) of the app, as its marks part it."""
-    head, rest = app.split("# YOUR CODE: imports\n")
-    imports, rest = rest.split("# -- 1.", 1)
-    settings, rest = rest.split("# YOUR CODE: begin\n")
-    work, mechanics = rest.split("# YOUR CODE: end\n")
-    return head, imports, "# -- 1." + settings, work, mechanics
-
-
-def used_by(settings, imports):
-    """Return your imports without those that only your work needs."""
-    code = ast.walk(ast.parse(imports + settings))
-    used = {node.id for node in code if isinstance(node, ast.Name)}
-    kept = []
-    for statement in ast.parse(imports).body:
-        names = set()
-        if isinstance(statement, ast.Import | ast.ImportFrom):
-            for alias in statement.names:
-                first_part = alias.name.split(".")[0]
-                names.add(alias.asname or first_part)
-        if names & used or not names:
-            line = ast.unparse(statement)
-            kept.append(line + "\n")
-    return "".join(kept)
-
-
-def write_toy(folder, moved=False):
-    """Write the app with the toy in place of your work; `moved` puts the toy into a module."""
-    head, imports, settings, _, mechanics = parts_of((HERE / APP).read_text("utf-8"))
-    work = TOY
-    if moved:
-        (folder / "my_work.py").write_text(TOY, "utf-8")
-        work = "from my_work import *\n"
-    app = head + used_by(settings, imports) + settings + work + mechanics
-    (folder / APP).write_text(app, "utf-8")
-
-
-def write_model(folder, answers=(), end="!"):
-    """Write what the toy loads, with the known answers [(text, answer), ...]."""
-    folder.mkdir()
-    (folder / "end.txt").write_text(end)
-    known = [{"request": {"text": text}, "answer": {"loud": loud}} for text, loud in answers]
-    (folder / "known_answers.json").write_text(json.dumps(known))
-
-
-def imported(folder):
-    """Return the app in a folder as a module, as often as there are folders."""
-    spec = importlib.util.spec_from_file_location("toy_app", folder / APP)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -619,34 +509,6 @@ def config():
     if not CONFIG.exists():
         pytest.skip("serve_config.yaml is not beside this file")
     return yaml.safe_load(CONFIG.read_text("utf-8"))
-
-
-def flat(value, path=""):
-    """Return {path: value} of everything in nested dictionaries and lists."""
-    items = []
-    if isinstance(value, dict):
-        items = value.items()
-    if isinstance(value, list):
-        items = enumerate(value)
-    found = {}
-    for key, inner in items:
-        found |= flat(inner, f"{path}.{key}".lstrip("."))
-    return found or {path: value}
-
-
-def built(folder, to):
-    """Return the config that `serve build` writes for the app in a folder."""
-    command = [sys.executable, "-m", "ray.serve.scripts", "build"]
-    command += ["template_ray_serve:translator_app", "-o", str(to)]
-    subprocess.run(command, cwd=folder, check=True, timeout=100, capture_output=True)
-    return yaml.safe_load(to.read_text("utf-8"))
-
-
-def different(config, other):
-    """Return the paths at which two configs differ."""
-    ours = flat(config)
-    theirs = flat(other)
-    return {path for path in ours | theirs if ours.get(path, "") != theirs.get(path, "")}
 
 
 # What is changed on purpose, and what you are free to set; a name with a dot stands for all in it.

@@ -10,20 +10,10 @@ import re
 from pathlib import Path
 
 import pytest
-from test_flow_mechanics import (
-    FLOW,
-    artifacts,
-    assert_card_shows,
-    assert_fails_in_one_line,
-    cards,
-    clean_environment,
-    run,
-)
+from flow_testing import artifacts, assert_card_shows, assert_fails_in_one_line, run
 
 # isort: split
 import template_flow
-
-__all__ = ["FLOW", "artifacts", "cards", "clean_environment", "pairs_file", "run"]
 
 
 def pairs_file(path, pairs):

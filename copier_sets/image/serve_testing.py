@@ -1,0 +1,1 @@
+../../templates/serve_testing.py

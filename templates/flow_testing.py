@@ -1,0 +1,109 @@
+# flow_testing.py, version 0.1.0
+"""Run template_flow.py as its tests need it: as a command, in a folder of its own.
+
+code, output = run(folder, "--epochs", "2")
+scores = artifacts(folder, "evaluate")["scores"]
+"""
+
+import base64
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+FLOW = Path(__file__).with_name("template_flow.py")
+CLASS = "TemplateFlow"
+for setting in list(os.environ):
+    if re.match("_*(METAFLOW|WANDB|REMOTE_CONFIG)", setting):
+        del os.environ[setting]  # your settings must not change what is tested
+os.environ.update({"METAFLOW_USER": "test", "HF_HUB_OFFLINE": "1"})
+
+
+def clean_environment(folder):
+    """Return the environment in which everything that Metaflow writes goes to `folder`."""
+    import_path = [str(FLOW.parent), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "METAFLOW_HOME": str(folder / "none"),
+        "METAFLOW_CLIENT_CACHE_PATH": str(folder / "cache"),
+        "PYTHONPATH": os.pathsep.join(import_path),
+    }
+
+
+def python(folder, *arguments, seconds=300, **environment):
+    """Run Python in `folder`; return (exit code, everything it printed)."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        timeout=seconds,
+        env={**clean_environment(folder), **environment},
+        text=True,
+        encoding="utf-8",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    return done.returncode, done.stdout
+
+
+def run(folder, *arguments, command=("run",), flow=FLOW, seconds=300, **environment):
+    """Run the flow in `folder`; return (exit code, everything it printed)."""
+    return python(
+        folder,
+        str(flow),
+        "--no-pylint",
+        *command,
+        *arguments,
+        seconds=seconds,
+        **environment,
+    )
+
+
+def artifacts(folder, step):
+    """Return the artifacts of the newest task of a step, read in a process of its own."""
+    script = f"""
+import pickle, sys
+for heavy in ("torch", "transformers", "wandb"):
+    sys.modules[heavy] = None  # artifacts are plain data: none of these is needed to read them
+from metaflow import Flow
+task = next(iter(Flow({CLASS!r})))["{step}"].task
+sys.stdout.buffer.write(pickle.dumps({{artifact.id: artifact.data for artifact in task}}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=folder,
+        env=clean_environment(folder),
+        timeout=100,
+        check=True,
+        stdout=subprocess.PIPE,
+    )
+    return pickle.loads(done.stdout)
+
+
+def cards(folder, step):
+    """Return what the HTML cards of the newest run's step show, as JSON."""
+    runs = folder / f".metaflow/mf.cards/{CLASS}/runs"
+    newest = max(runs.iterdir(), key=lambda path: int(path.name))
+    shown = []
+    for file in newest.glob(f"steps/{step}/tasks/*/cards/*.html"):
+        # <script>... window.__MF_DATA__["CARD"] = "BASE64" ...</script>
+        html = file.read_text("utf-8")
+        for data in re.findall(r'__MF_DATA__\["[^"]+"\] = "([^"]+)"', html):
+            content = json.loads(base64.b64decode(data))
+            shown.append(json.dumps(content, ensure_ascii=False))
+    return shown
+
+
+def assert_card_shows(folder, step, *texts):
+    """Fail unless one card of the newest run's step shows all of these texts."""
+    shown = cards(folder, step)
+    assert any(all(text in card for text in texts) for card in shown), shown
+
+
+def assert_fails_in_one_line(code, output, expected):
+    """Fail unless a command failed with the expected message and without a traceback."""
+    assert code != 0, output
+    assert expected in output, output
+    assert "Traceback" not in output, output

@@ -1,0 +1,117 @@
+"""Commands and blocks of README.md and docs/: read them, and run them in a folder with copies."""
+
+import contextlib
+import fnmatch
+import re
+import shutil
+import signal
+import subprocess
+import time
+
+import httpx
+from helpers.loopback import alone, build_options
+from helpers.repository import ROOT
+from helpers.shell import clean, run
+
+NOT_RUN = {  # pattern: why
+    "pip install *": "the packages are installed before the tests, which need no network",
+    "WANDB_API_KEY=... *": "needs an account; test_tracking.py runs it against a stand-in",
+    "make setup": "is what the tests are run from",
+    "make lint": "is what .ci/run runs",
+    "make test": "is this",
+    ".venv/bin/python -m pytest *": "is a part of this",
+    "PICTURES=* *": "is a part of this too; the variable keeps the picture",
+    "python template_flow.py run --data pairs.tsv *": "needs the hub; test_template_flow.py",
+    "python template_flow.py argo-workflows create": "needs Argo; test_remote.py runs its result",
+    "serve run template_ray_serve:build model=*": "its path is made up; test_template_ray_serve.py",
+    "RAY_AUTH_MODE=token python check_serve_config.py *": "test_check_serve_config.py does it",
+    "kubectl *": "needs a cluster; test_rayservice.py runs kubectl without one",
+    "git -C $TEMPLATES show *": "test_update.py runs the line that outdated.py prints",
+    "git merge-file *": "the same",
+}
+
+
+def commands(page=ROOT / "README.md"):
+    """[(command, lines of output that follow it), ...] in the order of a page."""
+    found = []
+    for block in re.findall(
+        r"^```console\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE
+    ):
+        for line in block.replace("\\\n", "").splitlines():  # a command may go on in the next line
+            if line.startswith("$ "):
+                found.append((line[2:], []))
+            else:
+                found[-1][1].append(line)
+    return found
+
+
+def not_run(command):
+    return any(fnmatch.fnmatch(command, pattern) for pattern in NOT_RUN)
+
+
+def shows(output, expected):
+    """True if the expected lines come in this order; `...` is anything, a score is any score."""
+    at = 0
+    for line in expected:
+        pattern = re.sub(r"\d+\\\.\d+", r"[\\d.]+", re.escape(line).replace(r"\.\.\.", ".*"))
+        found = re.compile(pattern).search(output, at)
+        if not found:
+            return False
+        at = found.end()
+    return True
+
+
+def wait_for(url, server, log):
+    for _ in range(180):
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(url, timeout=5).status_code == 200:
+                return
+        assert server.poll() is None, log.read_text()
+        time.sleep(0.5)
+    raise AssertionError(log.read_text())
+
+
+def copy(folder):
+    """The templates, as somebody copies them; the folder."""
+    for path in (path for path in (ROOT / "templates").iterdir() if path.is_file()):
+        shutil.copy(path, folder)
+    return folder
+
+
+def run_all(pairs, folder):
+    """Run commands in a folder in turn, and compare what they print; return how many were run."""
+    environment, done = {**clean(folder), "RAY_TMPDIR": "/tmp"}, 0
+    with contextlib.ExitStack() as stack:
+        for command, expected in pairs:
+            if not_run(command):
+                continue
+            done += 1
+            if command.startswith("docker build "):
+                options, (tag,) = (
+                    " ".join(stack.enter_context(build_options())),
+                    re.findall(r"-t (\S+)", command),
+                )
+                command = command.replace("docker build ", f"docker build {options} ")
+                stack.callback(
+                    subprocess.run, ["docker", "image", "rm", tag], stdout=subprocess.DEVNULL
+                )
+            if command.startswith(("serve run", "docker run --mount")):
+                stack.enter_context(alone(8000))
+                server = subprocess.Popen(
+                    ["bash", "-c", f"exec {command} > serve.log 2>&1"],
+                    cwd=folder,
+                    env=environment,
+                    start_new_session=True,
+                )
+                stack.callback(server.wait, 60)
+                stack.callback(server.send_signal, signal.SIGTERM)
+                wait_for("http://127.0.0.1:8000/translate/health", server, folder / "serve.log")
+                continue
+            output = run(command, folder, environment).replace("\r\n", "\n")
+            assert shows(output, expected), (command, expected, output)
+    return done
+
+
+def blocks(name, language):
+    text = (ROOT / "docs" / name).read_text("utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)

@@ -1,0 +1,136 @@
+"""The unedited files work elsewhere: copied out, as another user, offline, with stray settings."""
+
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.repository import TEMPLATES
+
+QUICK = ("run", "--offline", "True", "--epochs", "4")  # enough to be better than copying
+
+
+def run(command, folder, seconds=300, **more):
+    """Run a command without the caller's environment; return (exit code, everything it printed)."""
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(folder),
+        "LANG": "C.UTF-8",
+        "OMP_NUM_THREADS": "1",
+        **more,
+    }
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=folder,
+        timeout=seconds,
+        text=True,
+        encoding="utf-8",
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    return done.returncode, done.stdout
+
+
+def git_repository(folder, *names):
+    """Make a git repository with copies of template files, as a user does; return the folder."""
+    subprocess.run(["git", "init", "-q", str(folder)], check=True)
+    for name in names:
+        shutil.copy(TEMPLATES / name, folder)
+    return folder
+
+
+def test_flow_copied_alone_runs_without_any_settings(tmp_path):
+    folder = git_repository(tmp_path, "template_flow.py")
+    code, output = run(
+        [sys.executable, "template_flow.py", "run", "--offline", "True"], folder, USER="somebody"
+    )
+    assert code == 0 and "Pylint is happy" in output and "Done!" in output, output
+    assert "Traceback" not in output and "rror" not in output, output
+
+
+def test_flow_with_the_profile_local_from_another_directory(tmp_path):
+    home = tmp_path / ".metaflowconfig"
+    home.mkdir()
+    (home / "config_local.json").write_text("{}\n")
+    elsewhere = tmp_path / "else where"
+    elsewhere.mkdir()
+    code, output = run(
+        [sys.executable, TEMPLATES / "template_flow.py", "--no-pylint", *QUICK],
+        elsewhere,
+        HOME=str(tmp_path),
+        METAFLOW_PROFILE="local",
+        METAFLOW_USER="test",
+    )
+    assert code == 0 and "Done!" in output, output
+    assert (elsewhere / ".metaflow").is_dir()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
+def test_flow_as_another_user(tmp_path):
+    user = pwd.getpwnam("nobody")
+    folder = git_repository(tmp_path / "home", "template_flow.py")
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, user.pw_uid, user.pw_gid)
+    for parent in folder.parents:  # pytest keeps its folders to their owner
+        if parent.stat().st_uid == 0 and parent != Path("/"):
+            parent.chmod(parent.stat().st_mode | 0o011)
+    command = [
+        "setpriv",
+        f"--reuid={user.pw_uid}",
+        f"--regid={user.pw_gid}",
+        "--clear-groups",
+        # The interpreter may lie where only root may look: this user may read everything.
+        "--inh-caps=+dac_read_search",
+        "--ambient-caps=+dac_read_search",
+        sys.executable,
+        "template_flow.py",
+        "--no-pylint",
+        *QUICK,
+    ]
+    code, output = run(command, folder, METAFLOW_USER="nobody")
+    assert code == 0 and "Done!" in output, output
+
+
+STRAY = {
+    "METAFLOW_DEFAULT_DATASTORE": "s3",
+    "METAFLOW_PROFILE": "nowhere",
+    "WANDB_API_KEY": "x" * 40,
+    "WANDB_MODE": "online",
+    "RAY_ADDRESS": "127.0.0.1:1",
+    "METAFLOW_USER": "test",
+}
+COPIED = {
+    "flow": (
+        "template_flow.py",
+        "test_template_flow.py",
+        "test_flow_mechanics.py",
+        "flow_testing.py",
+        "requirements.outerbounds.txt",
+    ),
+    "serve": (
+        "template_ray_serve.py",
+        "test_template_ray_serve.py",
+        "test_serve_mechanics.py",
+        "serve_testing.py",
+        "tiny_translator.py",
+        "requirements-rayserve.txt",
+    ),
+}
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root and unshare"
+)
+@pytest.mark.parametrize("what", COPIED)
+def test_copied_tests_pass_without_a_network(what, tmp_path):
+    """Run the tests that travel in a network namespace that has loopback and no route."""
+    folder = git_repository(tmp_path / what, *COPIED[what])
+    tests = [name for name in COPIED[what] if name.startswith("test_")]
+    command = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    code, output = run([*command, *tests], folder, 900, **STRAY)
+    assert code == 0 and " passed" in output, output

@@ -1,0 +1,15 @@
+"""The flow on pairs that nobody wrote for it: placeholders, markup, odd spaces and accents."""
+
+from flow_testing import artifacts, run
+from helpers import real_pairs
+
+
+def test_message_catalogues_of_other_projects(tmp_path):
+    real_pairs.write(tmp_path / "pairs.tsv")
+    code, output = run(tmp_path, "--data", "pairs.tsv", "--epochs", "9", seconds=1500)
+    assert code == 0, output
+    found = artifacts(tmp_path, "evaluate")
+    assert len(found["examples"]) > 5000 and len(found["held_out"]) > 500
+    assert found["scores"]["chrf"] > found["scores"]["baseline_chrf"] + 2
+    texts = "".join(source + target for source, target in found["examples"])
+    assert all(odd in texts for odd in ("%s", "%(", "<", "\u00a0", "é", "{"))
