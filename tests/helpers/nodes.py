@@ -10,7 +10,7 @@ class ThreeNodes(Server):
     """`serve ARGUMENTS` on three nodes of one CPU, each with a raylet of its own."""
 
     start = re.sub(
-        "ray.init.*\n",
+        "^for tries_left.*?(?=^serve)",
         """
 import os
 from ray.cluster_utils import Cluster
@@ -22,6 +22,7 @@ for _ in range(2):
 ray.init(address=cluster.address, namespace="serve")
 """,
         START,
+        flags=re.DOTALL | re.MULTILINE,
     ).replace("serve.start(", "serve.start('HeadOnly', ")
 
 
