@@ -61,7 +61,7 @@ def run(folder, *arguments, command=("run",), flow=FLOW, seconds=300, **environm
     )
 
 
-def artifacts(folder, step):
+def artifacts(folder, step, **environment):
     """Return the artifacts of the newest task of a step, read in a process of its own."""
     script = f"""
 import pickle, sys
@@ -74,7 +74,7 @@ sys.stdout.buffer.write(pickle.dumps({{artifact.id: artifact.data for artifact i
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=folder,
-        env=clean_environment(folder),
+        env={**clean_environment(folder), **environment},
         timeout=100,
         check=True,
         stdout=subprocess.PIPE,

@@ -136,8 +136,9 @@ def test_image(followed):
     if not recipes.docker_answers():
         pytest.skip("no docker daemon answers")
     known = recipes.known_answers(followed)[0]
-    with recipes.Image(followed, "template_recipe_classifier:test") as image:
-        answer = image.wait("/translate", known["request"])
+    with recipes.image(followed, "template_recipe_classifier:test") as image:
+        answer = image.first_answer(lambda: image.post("/translate", known["request"]))
         assert answer["label"] == known["answer"]["label"]
         health = "rayserve_entrypoint.py", "health", "serve_config.yaml"
-        assert image.inside("python", *health) == (0, "")
+        done = image.inside("python", *health)
+        assert (done.returncode, done.stdout) == (0, "")

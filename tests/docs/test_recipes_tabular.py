@@ -197,13 +197,14 @@ def test_image_has_no_torch(followed):
     if not recipes.docker_answers():
         pytest.skip("no docker daemon answers")
     known = recipes.known_answers(followed)[0]
-    with recipes.Image(followed, "template_recipe_tabular:test") as image:
-        answer = image.wait("/translate", known["request"])
+    with recipes.image(followed, "template_recipe_tabular:test") as image:
+        answer = image.first_answer(lambda: image.post("/translate", known["request"]))
         assert answer["probability"] == pytest.approx(known["answer"]["probability"], abs=1e-6)
         health = "rayserve_entrypoint.py", "health", "serve_config.yaml"
-        assert image.inside("python", *health) == (0, "")
+        done = image.inside("python", *health)
+        assert (done.returncode, done.stdout) == (0, "")
         script = (
             "import json, importlib.util as u; print(json.dumps([n for n in {} if u.find_spec(n)]))"
         )
-        code, output = image.inside("python", "-c", script.format(NOT_INSTALLED))
-        assert code == 0 and json.loads(output) == []
+        done = image.inside("python", "-c", script.format(NOT_INSTALLED))
+        assert done.returncode == 0 and json.loads(done.stdout) == []

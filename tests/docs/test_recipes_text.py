@@ -311,8 +311,8 @@ def test_marian_that_was_killed_resumes_to_the_same_model(marian):
 def test_image_of_a_marian(marian):
     if not recipes.docker_answers():
         pytest.skip("no docker daemon answers")
-    with recipes.Image(marian, "recipe-language-pair") as image:
-        answer = image.wait("/translate", {"text": TWO_SENTENCES})
+    with recipes.image(marian, "recipe-language-pair") as image:
+        answer = image.first_answer(lambda: image.post("/translate", {"text": TWO_SENTENCES}))
         assert answer == {"translation": TWO_TRANSLATIONS}
 
 

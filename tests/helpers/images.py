@@ -71,16 +71,12 @@ class Container:
     def state(self, part):
         return pods.docker("inspect", self.id, f"--format={{{{.State.{part}}}}}").stdout.strip()
 
-    def ask(self, text="Hello world!", timeout=30):
-        """(status, answer or None if it is not ours); status 0: no answer."""
+    def post(self, route, body, timeout=30):
+        """Return (status, answer or None if it is not ours); status 0: no answer."""
         line = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        headers = {"Content-Type": "application/json"}
         try:
-            line.request(
-                "POST",
-                "/translate",
-                json.dumps({"text": text}),
-                {"Content-Type": "application/json"},
-            )
+            line.request("POST", route, json.dumps(body), headers)
             reply = line.getresponse()
             ours = reply.getheader("Content-Type") == "application/json"
             return reply.status, json.loads(reply.read()) if ours else None
@@ -88,6 +84,10 @@ class Container:
             return 0, None
         finally:
             line.close()
+
+    def ask(self, text="Hello world!", timeout=30):
+        """Send a text to the translator; return (status, answer)."""
+        return self.post("/translate", {"text": text}, timeout)
 
     def ask_inside(self, text="Hello world!"):
         """The same from within, for a container without a network."""
@@ -103,11 +103,17 @@ class Container:
     def logs(self):
         return pods.docker("logs", self.id).stdout
 
-    def wait(self, ask=None, seconds=400):
+    def wait(self, ask=None):
         """Wait until it translates."""
+        assert self.first_answer(ask or self.ask) == {"translation": "Bonjour le monde !"}
+        return self
+
+    def first_answer(self, ask, seconds=900):
+        """Wait until `ask()` gets status 200; return the answer."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.state("Running") == "true":
-            if (ask or self.ask)() == (200, {"translation": "Bonjour le monde !"}):
-                return self
+            status, answer = ask()
+            if status == 200:
+                return answer
             time.sleep(0.5)
         raise AssertionError(self.logs()[-5000:])

@@ -8,30 +8,27 @@ A test gives the heading of a part of the page, and a folder in which the data i
 """
 
 import contextlib
-import http.client
 import json
 import os
-import pickle
 import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 
-from helpers.loopback import build_options
+import flow_testing
+from helpers.images import Container, build
 from helpers.pages import shows
 from helpers.remote import pods
 from helpers.repository import ROOT
-from helpers.shell import clean
+from helpers.shell import clean, execute
 from serve_testing import Server
 
 TEMPLATES = ROOT / "templates"
 MAX_ADDED = 60
 UNCOUNTED = re.compile(r"requirements.*\.txt|test_.*\.py")
-LABEL = "template-recipe-test=1"
 
 
 # -- The page --------------------------------------------------------------------------------------
@@ -178,17 +175,7 @@ def without(folder, packages):
 
 def run(folder, command, seconds=900, **environment):
     """Run a command line as somebody does who just opened a terminal; (exit code, its output)."""
-    done = subprocess.run(
-        ["bash", "-c", command],
-        cwd=folder,
-        env={**clean(folder), **environment},
-        timeout=seconds,
-        text=True,
-        encoding="utf-8",
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    return done.returncode, done.stdout
+    return execute(command, folder, {**clean(folder), **environment}, seconds)
 
 
 def follow(heading, folder, **environment):
@@ -220,22 +207,8 @@ FLOW = "python template_flow.py --no-pylint"
 
 
 def artifacts(folder, step, **environment):
-    """Return {name: value} of the newest task of a step."""
-    script = f"""
-import pickle, sys
-from metaflow import Flow
-task = next(iter(Flow("TemplateFlow")))["{step}"].task
-sys.stdout.buffer.write(pickle.dumps({{artifact.id: artifact.data for artifact in task}}))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=folder,
-        env={**clean(folder), **environment},
-        timeout=100,
-        check=True,
-        stdout=subprocess.PIPE,
-    )
-    return pickle.loads(done.stdout)
+    """Return {name: value} of the newest task of a step, as the user who ran it."""
+    return flow_testing.artifacts(folder, step, METAFLOW_USER="reader", **environment)
 
 
 def fails_in_one_line(folder, options, message, **environment):
@@ -311,57 +284,15 @@ def docker_answers():
     return bool(shutil.which("docker")) and pods.docker("version").returncode == 0
 
 
-class Image:
-    """The image that `docker build -f Dockerfile-rayserve .` makes of a folder, in a container."""
-
-    def __init__(self, folder, tag):
-        self.tag = tag
-        file = ["-f", str(folder / "Dockerfile-rayserve"), str(folder)]
-        with build_options() as options:
-            done = pods.docker("build", *options, "-t", tag, *file, seconds=900)
-        assert done.returncode == 0, done.stdout[-5000:]
-
-    def __enter__(self):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        publish = f"--publish=127.0.0.1:{self.port}:8000"
-        done = pods.docker("run", "--detach", f"--label={LABEL}", publish, self.tag)
-        assert done.returncode == 0, done.stdout
-        self.id = done.stdout.split()[-1]
-        return self
-
-    def __exit__(self, *_):
-        pods.docker("rm", "--force", "--volumes", self.id)
-        pods.docker("image", "rm", self.tag)
-
-    def inside(self, *command):
-        """Run a command in the container; return (exit code, its output)."""
-        done = pods.docker("exec", self.id, *command)
-        return done.returncode, done.stdout
-
-    def ask(self, route, body):
-        """Send a request; return (status, answer). Status 0: no answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        headers = {"Content-Type": "application/json"}
-        try:
-            connection.request("POST", route, json.dumps(body), headers)
-            reply = connection.getresponse()
-            return reply.status, json.loads(reply.read())
-        except (OSError, http.client.HTTPException, ValueError):
-            return 0, None
-        finally:
-            connection.close()
-
-    def wait(self, route, body, seconds=400):
-        """Wait until it answers a request; return the answer."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            status, answer = self.ask(route, body)
-            if status == 200:
-                return answer
-            time.sleep(0.5)
-        raise AssertionError(pods.docker("logs", self.id).stdout[-5000:])
+@contextlib.contextmanager
+def image(folder, tag):
+    """Build the image of a folder; yield a container of it, and remove both at the end."""
+    build(folder, tag)
+    try:
+        with Container(image=tag) as running:
+            yield running
+    finally:
+        pods.docker("image", "rm", tag)
 
 
 # -- The tests that came with the templates --------------------------------------------------------

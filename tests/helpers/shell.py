@@ -1,25 +1,38 @@
 """Run commands as somebody does who just opened a terminal."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 
-def run(command, folder, environment, code=0, seconds=400):
-    """Return what a shell command prints; fail if it ends with another exit code."""
-    done = subprocess.run(
+def execute(command, folder, environment, seconds=900):
+    """Run a command line in a folder; return (exit code, everything it printed)."""
+    with subprocess.Popen(
         ["bash", "-c", command],
         cwd=folder,
         env=environment,
-        timeout=seconds,
         text=True,
         encoding="utf-8",
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-    )
-    assert done.returncode == code, done.stdout
-    return done.stdout
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # what it has started holds the pipe open
+            output, _ = process.communicate()
+            raise AssertionError(f"{command}: not finished after {seconds} s:\n{output}") from None
+    return process.returncode, output
+
+
+def run(command, folder, environment, code=0, seconds=900):
+    """Return what a command line prints; fail if it ends with another exit code."""
+    ended, output = execute(command, folder, environment, seconds)
+    assert ended == code, output
+    return output
 
 
 def clean(folder):

@@ -10,7 +10,7 @@ POD = {
 }  # what a pod can be told about itself, beside its name
 
 
-def docker(*arguments, seconds=120):
+def docker(*arguments, seconds=600):
     return subprocess.run(
         ["docker", *arguments],
         timeout=seconds,
