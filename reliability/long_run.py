@@ -55,7 +55,7 @@ def long_run(folder, names, minutes):
                 time.sleep(60 * minutes / 100)
                 samples.append((time.monotonic() - begin, sample(server)))
             over.set()
-            other.join(100)
+            other.join(400)
     draw(samples)
     early, late = samples[len(samples) // 5][1], samples[-1][1]
     for part, what in late:

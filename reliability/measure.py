@@ -52,12 +52,12 @@ def deploy(server, config):
         cwd=server.folder,
         env=server.environment,
         capture_output=True,
-        timeout=200,
+        timeout=400,
     )
     return done.returncode
 
 
-def settled(server, replicas, seconds=60):
+def settled(server, replicas, seconds=400):
     """Wait until all replicas are back and a request is answered."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

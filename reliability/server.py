@@ -81,7 +81,7 @@ def slow_disk(server, number):
     )
     time.sleep(3)
     tracer.send_signal(signal.SIGINT)
-    tracer.wait(10)
+    tracer.wait(400)
     assert "DELAYED" in (server.folder / "writes").read_text()
 
 

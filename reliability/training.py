@@ -57,10 +57,10 @@ def resumed(folder, right, before=()):
     """Resume what was broken off; a tuple as `since` gives it."""
     begin = time.monotonic()
     again = flow(folder, command="resume", before=before)
-    output = again.communicate(timeout=200)[0]
+    output = again.communicate(timeout=400)[0]
     if again.returncode:  # killed before there was anything to resume
         again = flow(folder, *EPOCHS, before=before)
-        output = again.communicate(timeout=200)[0]
+        output = again.communicate(timeout=400)[0]
     assert again.returncode == 0, output
     return outcome(folder, right, begin)
 
@@ -73,7 +73,7 @@ def kill_task(folder, right, seconds):
         with contextlib.suppress(psutil.Error):  # it has just ended
             if " train " in " ".join(each.cmdline()):
                 each.kill()
-    running.communicate(timeout=200)
+    running.communicate(timeout=400)
     if running.returncode == 0:  # it had finished
         return 1, 0, 0, int(model_of(folder) != right), 0.0
     return resumed(folder, right)
@@ -89,7 +89,7 @@ def kill_flow(folder, right, seconds):
     ]:
         with contextlib.suppress(psutil.Error):
             each.kill()
-    running.communicate(timeout=60)
+    running.communicate(timeout=400)
     return resumed(folder, right)
 
 
@@ -97,7 +97,7 @@ def two_at_once(folder, right, seconds):
     """Two runs in one folder."""
     begin = time.monotonic()
     both = [flow(folder, *EPOCHS) for _ in range(2)]
-    outputs = [each.communicate(timeout=300)[0] for each in both]
+    outputs = [each.communicate(timeout=400)[0] for each in both]
     lost = sum(each.returncode != 0 for each in both)
     assert lost or "Done!" in outputs[0]
     return outcome(folder, right, begin, runs=2, lost=lost)
@@ -111,7 +111,7 @@ def disk_full(folder, right, seconds):
     )
     try:
         running = flow(folder, *EPOCHS)
-        output = running.communicate(timeout=200)[0]
+        output = running.communicate(timeout=400)[0]
         assert running.returncode != 0 and "No space left on device" in output, output[-2000:]
         subprocess.run(["mount", "-o", "remount,size=200m", folder], check=True)
         return resumed(folder, right)
@@ -122,7 +122,7 @@ def disk_full(folder, right, seconds):
 def exporter(folder):
     """The command of an export that replaces a model, in a folder with a run of the right one."""
     if not (folder / "model").exists():
-        assert flow(folder, *EPOCHS).wait(200) == 0
+        assert flow(folder, *EPOCHS).wait(400) == 0
     shutil.copy(TEMPLATES / "export_model.py", folder)
     return [sys.executable, "export_model.py", "--replace"]
 
@@ -136,7 +136,7 @@ def export_interrupted(folder, right, seconds):
         env=clean_environment(folder),
         check=True,
         capture_output=True,
-        timeout=100,
+        timeout=400,
     )
     begin = time.monotonic()
     running = subprocess.Popen(
@@ -144,7 +144,7 @@ def export_interrupted(folder, right, seconds):
     )
     time.sleep(random.uniform(0.3, 2.5))
     running.kill()
-    running.wait(10)
+    running.wait(400)
     whole = all(
         (folder / "model" / name).exists()
         for name in ("model.safetensors", "known_answers.json", "README.md")
@@ -162,12 +162,12 @@ def export_during_a_run(folder, right, seconds):
         command, cwd=folder, env=clean_environment(folder), capture_output=True, timeout=100
     )
     done = running.poll() is not None  # then the newest run may be that one
-    running.communicate(timeout=200)
+    running.communicate(timeout=400)
     found = (folder / "model/model.safetensors").read_bytes()
     lost = int(export.returncode != 0 or running.returncode != 0)
     right_ones = [right, model_of(folder)] if done else [right]
     result = 2, lost, lost, int(found not in right_ones), time.monotonic() - begin
-    assert flow(folder, *EPOCHS).wait(200) == 0  # the newest is the right one again
+    assert flow(folder, *EPOCHS).wait(400) == 0  # the newest is the right one again
     return result
 
 
@@ -210,7 +210,7 @@ def s3_errors(folder, right, seconds):
             boto3.client("s3", endpoint_url=url).create_bucket(Bucket="flows")
             begin, to_s3 = time.monotonic(), ("--datastore", "s3")
             running = flow(folder, *EPOCHS, before=to_s3)
-            running.communicate(timeout=300)
+            running.communicate(timeout=400)
             if running.returncode:
                 return resumed(folder, right, to_s3)
             assert bad.failed
@@ -230,7 +230,7 @@ def wandb_dies(folder, right, seconds):
         ),
     ):
         running = flow(folder, *EPOCHS, "--offline", "False")
-        output = running.communicate(timeout=300)[0]
+        output = running.communicate(timeout=400)[0]
         assert server.runs, output
     return outcome(folder, right, begin, lost=int(running.returncode != 0))
 
@@ -254,7 +254,7 @@ def train_faults(folder, names, times):
     (folder / "right").mkdir()
     begin = time.monotonic()
     undisturbed = flow(folder / "right", *EPOCHS)
-    output = undisturbed.communicate(timeout=200)[0]
+    output = undisturbed.communicate(timeout=400)[0]
     assert undisturbed.returncode == 0, output
     right, seconds = model_of(folder / "right"), time.monotonic() - begin
     for name in wanted:

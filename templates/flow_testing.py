@@ -33,7 +33,7 @@ def clean_environment(folder):
     }
 
 
-def python(folder, *arguments, seconds=300, **environment):
+def python(folder, *arguments, seconds=400, **environment):
     """Run Python in `folder`; return (exit code, everything it printed)."""
     done = subprocess.run(
         [sys.executable, *arguments],
@@ -48,7 +48,7 @@ def python(folder, *arguments, seconds=300, **environment):
     return done.returncode, done.stdout
 
 
-def run(folder, *arguments, command=("run",), flow=FLOW, seconds=300, **environment):
+def run(folder, *arguments, command=("run",), flow=FLOW, seconds=400, **environment):
     """Run the flow in `folder`; return (exit code, everything it printed)."""
     return python(
         folder,
@@ -75,7 +75,7 @@ sys.stdout.buffer.write(pickle.dumps({{artifact.id: artifact.data for artifact i
         [sys.executable, "-c", script],
         cwd=folder,
         env={**clean_environment(folder), **environment},
-        timeout=100,
+        timeout=400,
         check=True,
         stdout=subprocess.PIPE,
     )

@@ -115,17 +115,17 @@ class Server:
     def __exit__(self, *_):
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGTERM)
-        end = time.monotonic() + 30
+        end = time.monotonic() + 120
         while self.processes() and time.monotonic() < end:
             self.process.poll()
             time.sleep(0.1)
         late = self.processes()
         for process in late:
             process.kill()
-        self.process.wait(10)
+        self.process.wait(400)
         shutil.rmtree(self.scratch, ignore_errors=True)
         if late:
-            raise AssertionError(f"still running 30 s after SIGTERM: {late.values()}")
+            raise AssertionError(f"still running 120 s after SIGTERM: {late.values()}")
 
     def processes(self, part=""):
         """Return {process: command line} of what it has started, with `part` in that line."""
@@ -158,7 +158,7 @@ class Server:
         body=None,
         method="POST",
         kind="application/json",
-        timeout=60,
+        timeout=400,
         **headers,
     ):
         """Send a request, by default to the route; return (status, parsed JSON or text).
@@ -326,7 +326,7 @@ def built(folder, to):
     """Return the config that `serve build` writes for the app in a folder."""
     command = [sys.executable, "-m", "ray.serve.scripts", "build"]
     command += ["template_ray_serve:translator_app", "-o", str(to)]
-    subprocess.run(command, cwd=folder, check=True, timeout=100, capture_output=True)
+    subprocess.run(command, cwd=folder, check=True, timeout=400, capture_output=True)
     return yaml.safe_load(to.read_text("utf-8"))
 
 

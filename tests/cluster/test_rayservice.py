@@ -72,7 +72,7 @@ def test_config_is_that_of_the_laptop_and_in_order(service, config, tmp_path):
     done = subprocess.run(
         [sys.executable, "check_serve_config.py", "its.yaml"],
         cwd=tmp_path,
-        timeout=100,
+        timeout=400,
         text=True,
         capture_output=True,
     )
@@ -148,7 +148,7 @@ def test_kubectl_reads_the_same(documents, tmp_path):
             ],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=400,
             env={**os.environ, "KUBECONFIG": os.devnull},
         )
     assert done.returncode == 0, done.stderr

@@ -89,7 +89,7 @@ def profile(folder, **more):
     }
 
 
-def metaflow(flow, *arguments, seconds=100, **environment):
+def metaflow(flow, *arguments, seconds=400, **environment):
     """Run a command of the flow; return (exit code, its output, what it said beside)."""
     process = subprocess.Popen(
         [sys.executable, str(flow), *arguments],
@@ -380,7 +380,7 @@ def test_image_runs_as_anybody_and_holds_no_secret(image, tmp_path):
             "True",
             "--epochs",
             "4",
-            seconds=150,
+            seconds=400,
         )
         assert done.returncode == 0 and "Done!" in done.stdout, done.stdout
 
@@ -403,7 +403,7 @@ def read(run, folder, environment, tasks=None):
         json.dumps(tasks or {}),
     ]
     done = subprocess.run(
-        command, cwd=folder, timeout=100, env=environment, stdout=subprocess.PIPE, check=True
+        command, cwd=folder, timeout=400, env=environment, stdout=subprocess.PIPE, check=True
     )
     return pickle.loads(done.stdout)
 
@@ -511,7 +511,7 @@ def test_run_on_kubernetes(cloud, image, tmp_path):
     with jobs.api(cloud.cluster) as (address, started):
         environment = profile(tmp_path, STAND_IN_CLUSTER=address, **cloud.settings)
         code, output, said = metaflow(
-            flow, "--no-pylint", "run", "--epochs", "4", seconds=300, **environment
+            flow, "--no-pylint", "run", "--epochs", "4", seconds=400, **environment
         )
     assert code == 0 and "Done!" in output + said, output[-3000:] + said[-3000:]
     assert (

@@ -85,7 +85,7 @@ def test_trainings_side_by_side_keep_the_best_and_resume_each_its_own(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=400,
     )
     assert broken.returncode != 0 and "broken off" in broken.stdout + broken.stderr
     flow.write_text(source, "utf-8")
@@ -135,7 +135,7 @@ def test_pairs_from_s3(tmp_path):
                 ["bash", "-c", command.format(name)],
                 cwd=folder,
                 env=environment,
-                timeout=200,
+                timeout=400,
                 capture_output=True,
                 text=True,
             )

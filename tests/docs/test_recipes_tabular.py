@@ -148,7 +148,7 @@ def test_a_killed_training_resumes_and_ends_with_the_same_trees(environment, tmp
         (folder / "model.skops").write_bytes(found["model"]["model.skops"])
     assert len(models[0]) == 300 and models[0] == models[1]
     files = [str(tmp_path / name / "model.skops") for name in ("unbroken", "killed")]
-    subprocess.run([sys.executable, "-c", SAME_TREES, *files], check=True, timeout=100)
+    subprocess.run([sys.executable, "-c", SAME_TREES, *files], check=True, timeout=400)
 
 
 @pytest.mark.xdist_group("ray")

@@ -103,7 +103,7 @@ def test_rename_then_run_everything(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=400,
     )
     assert done.returncode == 0, done.stdout
 

@@ -53,7 +53,7 @@ def look(url, png=None, ms=5000, size="1000,800"):
             start_new_session=True,
         ) as process:
             try:
-                out, err = process.communicate(timeout=60)
+                out, err = process.communicate(timeout=400)
             finally:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)  # its helpers too

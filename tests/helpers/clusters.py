@@ -62,7 +62,7 @@ class ContainerCluster:
 
     def deploy(self):
         """Run the documented deploy command in the head; wait until all workers answer."""
-        end = time.monotonic() + 100
+        end = time.monotonic() + 400
         while True:
             done = pods.docker(
                 "exec",
@@ -72,7 +72,7 @@ class ContainerCluster:
                 "new.yaml",
                 "--deploy",
                 "http://127.0.0.1:8265",
-                seconds=200,
+                seconds=400,
             )
             if "Failed to connect to Ray" not in done.stdout or time.monotonic() > end:
                 break
@@ -84,13 +84,13 @@ class ContainerCluster:
 
     def end(self):
         if self.ids:
-            pods.docker("stop", "--time=30", *self.ids, seconds=100)
+            pods.docker("stop", "--time=30", *self.ids, seconds=400)
             pods.docker("rm", "--force", "--volumes", *self.ids)
             pods.docker("network", "rm", self.name)
         self.ids = []
 
 
-def wait_for(port, seconds=60):
+def wait_for(port, seconds=400):
     """As a readiness probe does."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

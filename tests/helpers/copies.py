@@ -27,7 +27,7 @@ def run(command, folder, code=0, **more):
         **GIT,
         **more,
     }
-    return shell.run(command, folder, environment, code, seconds=120)
+    return shell.run(command, folder, environment, code, seconds=400)
 
 
 def repository(folder):

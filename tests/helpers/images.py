@@ -65,7 +65,7 @@ class Container:
     def __exit__(self, *_):
         pods.docker("rm", "--force", "--volumes", self.id)
 
-    def inside(self, *command, seconds=60):
+    def inside(self, *command, seconds=400):
         return pods.docker("exec", self.id, *command, seconds=seconds)
 
     def state(self, part):
@@ -108,7 +108,7 @@ class Container:
         assert self.first_answer(ask or self.ask) == {"translation": "Bonjour le monde !"}
         return self
 
-    def first_answer(self, ask, seconds=900):
+    def first_answer(self, ask, seconds=400):
         """Wait until `ask()` gets status 200; return the answer."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.state("Running") == "true":

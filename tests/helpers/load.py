@@ -50,7 +50,7 @@ class Load:
     def __exit__(self, *_):
         self.over.set()
         for thread in self.threads:
-            thread.join(100)
+            thread.join(400)
 
     def work(self, again):
         texts = random.sample(list(PAIRS), len(PAIRS))

@@ -62,7 +62,7 @@ def shows(output, expected):
 
 
 def wait_for(url, server, log):
-    for _ in range(180):
+    for _ in range(1800):
         with contextlib.suppress(httpx.HTTPError):
             if httpx.get(url, timeout=5).status_code == 200:
                 return

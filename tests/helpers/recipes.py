@@ -173,7 +173,7 @@ def without(folder, packages):
     return {"PYTHONPATH": str(site)}
 
 
-def run(folder, command, seconds=900, **environment):
+def run(folder, command, seconds=400, **environment):
     """Run a command line as somebody does who just opened a terminal; (exit code, its output)."""
     return execute(command, folder, {**clean(folder), **environment}, seconds)
 
@@ -242,7 +242,7 @@ def kill_in_train(folder, options, saved, **environment):
             time.sleep(0.02)
         (task,) = set(re.findall(r"/train/\S+ \(pid (\d+)\)", log.read_text()))
         os.kill(int(task), signal.SIGKILL)
-        assert process.wait(timeout=100) != 0
+        assert process.wait(timeout=400) != 0
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

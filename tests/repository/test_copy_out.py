@@ -74,7 +74,7 @@ def test_commands_of_a_set(what, place, tmp_path):
             [sys.executable, "-m", "pytest", "--collect-only", "-q", *tests],
             cwd=folder,
             env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
-            timeout=100,
+            timeout=400,
             text=True,
             capture_output=True,
         )

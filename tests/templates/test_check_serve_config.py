@@ -200,7 +200,7 @@ def run(folder, *arguments, **environment):
     return subprocess.run(
         [sys.executable, "check_serve_config.py", *arguments],
         cwd=folder,
-        timeout=200,
+        timeout=400,
         text=True,
         capture_output=True,
         env={**kept, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 32, **environment},
@@ -246,7 +246,7 @@ def test_deploying_waits_and_a_bad_update_leaves_the_old_version_serving(folder,
             env=server.environment,
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=400,
         )
         assert (
             "DEPLOY_FAILED" in from_ray.stdout and "max_bach_size: Extra inputs" in from_ray.stdout

@@ -13,7 +13,7 @@ from helpers.repository import TEMPLATES
 QUICK = ("run", "--offline", "True", "--epochs", "4")  # enough to be better than copying
 
 
-def run(command, folder, seconds=300, **more):
+def run(command, folder, seconds=400, **more):
     """Run a command without the caller's environment; return (exit code, everything it printed)."""
     environment = {
         "PATH": os.environ["PATH"],

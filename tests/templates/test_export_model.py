@@ -21,7 +21,7 @@ def export(folder, *arguments, **environment):
     done = subprocess.run(
         [sys.executable, "export_model.py", *arguments],
         cwd=folder,
-        timeout=100,
+        timeout=400,
         text=True,
         encoding="utf-8",
         env={**clean_environment(folder), **environment},
@@ -225,7 +225,7 @@ def test_killed_at_any_time_it_leaves_no_half_model(folder):
         )
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
-        process.wait(20)
+        process.wait(400)
         if (folder / "model").exists():
             files = sorted(
                 (path.name, path.stat().st_size) for path in Path(folder / "model").iterdir()

@@ -45,7 +45,7 @@ def killed(folder, *options):
             if task and not victim and float(task[2]) > 4:
                 victim = int(task[1])
                 os.kill(victim, signal.SIGKILL)
-        return process.wait(timeout=200), output
+        return process.wait(timeout=400), output
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -74,7 +74,7 @@ def seen(server):
 
 def in_background(server, text):
     """Ask from another thread; the model is busy with it on return."""
-    before, end, pool = seen(server).count(text), time.monotonic() + 30, ThreadPoolExecutor(1)
+    before, end, pool = seen(server).count(text), time.monotonic() + 400, ThreadPoolExecutor(1)
     job = pool.submit(timed, server, body={"text": text})
     while seen(server).count(text) == before and time.monotonic() < end:
         time.sleep(0.05)
@@ -187,7 +187,7 @@ def test_metrics_tell_of_batches_and_keep_routes_few(server):
         r"ray_\w+", (TEMPLATES.parent / "docs/serve.md").read_text().split("| metric for")[1]
     )
     targets = next(Path(server.scratch).rglob("prom_metrics_service_discovery.json"))
-    end, text, missing = time.monotonic() + 30, "", set(told)
+    end, text, missing = time.monotonic() + 400, "", set(told)
     while time.monotonic() < end and (missing or "serve_num_http" not in text):
         time.sleep(1)
         text = ""
@@ -249,10 +249,10 @@ def deploy(server, **arguments):
         cwd=server.folder,
         env=server.environment,
         check=True,
-        timeout=100,
+        timeout=400,
         capture_output=True,
     )
-    end = time.monotonic() + 100
+    end = time.monotonic() + 400
     for number in (2, 1):
         while len(server.processes("ServeReplica")) != number and time.monotonic() < end:
             time.sleep(0.2)

@@ -170,7 +170,7 @@ def test_offline_makes_no_connection(good, tmp_path):
         subprocess.run(
             [*STRACE, str(tmp_path / "trace"), sys.executable, "-c", connect],
             check=True,
-            timeout=60,
+            timeout=400,
         )
     assert len(internet(tmp_path / "trace")) == 1
 
@@ -324,7 +324,7 @@ def test_what_was_kept_can_be_sent_later(failure, bad):
         for line in lines:
             done = subprocess.run(
                 [str(Path(sys.executable).with_name("wandb")), "sync", *line.split()],
-                timeout=120,
+                timeout=400,
                 cwd=run.folder,
                 env={
                     **os.environ,

@@ -45,7 +45,7 @@ def attempt(cluster, container, name, fill, outputs, kill, limit):
             log.append(line)
             if kill and kill(line):
                 docker("kill", name)
-        return process.wait(30), "".join(log)
+        return process.wait(400), "".join(log)
     finally:
         guard.cancel()
         process.kill()
