@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 
@@ -22,6 +23,8 @@ def execute(command, folder, environment, seconds=900):
         try:
             output, _ = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGABRT)  # Python then prints where it stands
+            time.sleep(5)
             os.killpg(process.pid, signal.SIGKILL)  # what it has started holds the pipe open
             output, _ = process.communicate()
             raise AssertionError(f"{command}: not finished after {seconds} s:\n{output}") from None
@@ -45,4 +48,5 @@ def clean(folder):
         "LANG": "C.UTF-8",
         "RAY_ADDRESS": "local",
         "OMP_NUM_THREADS": "1",
+        "PYTHONFAULTHANDLER": "1",
     }

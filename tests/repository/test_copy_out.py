@@ -44,7 +44,6 @@ def own(folder, files):
         (folder / "older" / name).write_text(text + "\n# changed\n", "utf-8")
 
 
-@pytest.mark.parametrize("place", ["empty", "own"])
 @pytest.mark.parametrize(
     "what",
     [
@@ -52,33 +51,29 @@ def own(folder, files):
         for name in ROWS
     ],
 )
-def test_commands_of_a_set(what, place, tmp_path):
+def test_commands_of_a_set(what, tmp_path):
     if what == "image" and (not shutil.which("docker") or pods.docker("version").returncode):
         pytest.skip("no docker daemon answers")
     folder = repository(tmp_path)
-    if place == "own":
-        own(folder, SETS[what])
+    own(folder, SETS[what])
     for name in SETS[what]:
         shutil.copy(ROOT / "templates" / name, folder)
     if "all" != what != "train":  # somebody's model: these sets do not train one
         make_model(folder / "model", PAIRS)
-    row = (
-        ROWS[what][3:] if (what, place) == ("all", "own") else ROWS[what]
-    )  # a second training shows nothing more
+    row = ROWS[what]
     assert run_all(row, folder) == sum(not not_run(command) for command, _ in row)
-    if place == "own":
-        assert all((folder / name).read_text() == text for name, text in OWN.items())
-        # As somebody has it who installed pytest and nothing for it.
-        tests = sorted(path.name for path in folder.glob("test_*.py"))
-        collected = subprocess.run(
-            [sys.executable, "-m", "pytest", "--collect-only", "-q", *tests],
-            cwd=folder,
-            env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
-            timeout=400,
-            text=True,
-            capture_output=True,
-        )
-        assert collected.returncode == 0, collected.stdout[-2000:]
+    assert all((folder / name).read_text() == text for name, text in OWN.items())
+    # As somebody has it who installed pytest and nothing for it.
+    tests = sorted(path.name for path in folder.glob("test_*.py"))
+    collected = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", *tests],
+        cwd=folder,
+        env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        timeout=400,
+        text=True,
+        capture_output=True,
+    )
+    assert collected.returncode == 0, collected.stdout[-2000:]
 
 
 def test_every_file_is_in_a_row_that_runs():
