@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from helpers.loopback import alone
 from helpers.pages import commands, shows
-from helpers.repository import ROOT
+from helpers.repository import ROOT, template_files
 from helpers.shell import clean, run
 
 
@@ -31,7 +31,4 @@ def test_files_that_the_readme_names_are_there():
         tree.split("templates/ ")[1].split("\ndocs/ ")[0],
     )
     described = set(re.findall(names, files))
-    kept = {
-        path for path in (ROOT / "templates").iterdir() if path.is_file() and path.name != ".env"
-    }
-    assert {path.name for path in kept} == described
+    assert {path.name for path in template_files()} == described

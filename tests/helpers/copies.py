@@ -4,14 +4,22 @@ import os
 import sys
 from pathlib import Path
 
+import jinja2
+import yaml
 from helpers import shell
-from helpers.repository import ROOT
+from helpers.repository import ROOT, template_files
 
-SETS = {
-    path.name: sorted(each.name for each in path.iterdir() if each.suffix != ".jinja")
-    for path in sorted((ROOT / "copier_sets").iterdir())
-    if path.is_dir()
-}
+COPIER = yaml.safe_load((ROOT / "copier.yml").read_text("utf-8"))
+FILES = sorted(path.name for path in template_files())
+
+
+def files_of(what):
+    """Return the files that copier copies for an answer, by what copier.yml leaves out."""
+    left_out = {jinja2.Template(pattern).render(what=what) for pattern in COPIER["_exclude"]}
+    return [name for name in FILES if name not in left_out]
+
+
+SETS = {what: files_of(what) for what in COPIER["what"]["choices"].values()}
 BIN = Path(sys.executable).parent
 GIT = {name: "test@example.com" for name in ("GIT_AUTHOR_EMAIL", "GIT_COMMITTER_EMAIL")} | {
     name: "Test" for name in ("GIT_AUTHOR_NAME", "GIT_COMMITTER_NAME")

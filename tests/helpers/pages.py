@@ -10,7 +10,7 @@ import time
 
 import httpx
 from helpers.loopback import alone, build_options
-from helpers.repository import ROOT
+from helpers.repository import ROOT, template_files
 from helpers.shell import clean, run
 
 NOT_RUN = {  # pattern: why
@@ -26,8 +26,6 @@ NOT_RUN = {  # pattern: why
     "serve run template_ray_serve:build model=*": "its path is made up; test_template_ray_serve.py",
     "RAY_AUTH_MODE=token python check_serve_config.py *": "test_check_serve_config.py does it",
     "kubectl *": "needs a cluster; test_rayservice.py runs kubectl without one",
-    "git -C $TEMPLATES show *": "test_update.py runs the line that outdated.py prints",
-    "git merge-file *": "the same",
 }
 
 
@@ -73,7 +71,7 @@ def wait_for(url, server, log):
 
 def copy(folder):
     """The templates, as somebody copies them; the folder."""
-    for path in (path for path in (ROOT / "templates").iterdir() if path.is_file()):
+    for path in template_files():
         shutil.copy(path, folder)
     return folder
 

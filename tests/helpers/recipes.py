@@ -22,11 +22,10 @@ import flow_testing
 from helpers.images import Container, build
 from helpers.pages import shows
 from helpers.remote import pods
-from helpers.repository import ROOT
+from helpers.repository import ROOT, template_files
 from helpers.shell import clean, execute
 from serve_testing import Server
 
-TEMPLATES = ROOT / "templates"
 MAX_ADDED = 60
 UNCOUNTED = re.compile(r"requirements.*\.txt|test_.*\.py")
 
@@ -141,9 +140,8 @@ def check_style(folder):
 
 def apply(heading, folder):
     """Copy the templates into a new git repository and apply the diff as the page says."""
-    for path in TEMPLATES.iterdir():
-        if path.is_file() and path.name != ".env":
-            shutil.copy(path, folder)
+    for path in template_files():
+        shutil.copy(path, folder)
     (folder / "recipe.diff").write_text("\n".join(blocks(heading, "diff")), "utf-8")
     for command in (["init", "--quiet"], ["add", "."], ["apply", "recipe.diff"]):
         subprocess.run(["git", *command], cwd=folder, env=clean(folder), check=True)

@@ -8,6 +8,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TEMPLATES = ROOT / "templates"
+
+
+def template_files():
+    """Return the paths of the templates: no folders, no key of yours, no answers file of copier."""
+    found = [path for path in TEMPLATES.iterdir() if path.is_file()]
+    return [path for path in found if path.name != ".env" and path.suffix != ".jinja"]
+
+
 IGNORED = [".git", *(line.rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines())]
 
 

@@ -4,10 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from helpers.copies import SETS, repository
+from helpers.copies import FILES, SETS, repository
 from helpers.pages import commands, not_run, run_all
 from helpers.remote import pods
 from helpers.repository import ROOT
@@ -78,8 +77,4 @@ def test_commands_of_a_set(what, tmp_path):
 
 def test_every_file_is_in_a_row_that_runs():
     assert set(ROWS) == set(SETS)
-    assert {name for names in SETS.values() for name in names} == {
-        path.name
-        for path in Path(ROOT / "templates").iterdir()
-        if path.is_file() and path.name != ".env"
-    }
+    assert {name for names in SETS.values() for name in names} == set(FILES)

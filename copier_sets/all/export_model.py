@@ -1,1 +1,0 @@
-../../templates/export_model.py

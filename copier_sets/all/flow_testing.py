@@ -1,1 +1,0 @@
-../../templates/flow_testing.py

@@ -1,1 +1,0 @@
-../../templates/rayserve_entrypoint.py

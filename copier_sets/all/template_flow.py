@@ -1,1 +1,0 @@
-../../templates/template_flow.py

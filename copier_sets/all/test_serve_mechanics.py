@@ -1,1 +1,0 @@
-../../templates/test_serve_mechanics.py

@@ -1,1 +1,0 @@
-../../templates/tiny_translator.py

@@ -1,1 +1,0 @@
-../../templates/check_serve_config.py

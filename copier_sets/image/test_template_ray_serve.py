@@ -1,1 +1,0 @@
-../../templates/test_template_ray_serve.py

@@ -1,1 +1,0 @@
-../../templates/serve_testing.py

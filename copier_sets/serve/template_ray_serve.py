@@ -1,1 +1,0 @@
-../../templates/template_ray_serve.py

@@ -1,1 +1,0 @@
-../../templates/test_flow_mechanics.py
