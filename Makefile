@@ -9,7 +9,7 @@ SHELL := bash
 .PHONY: help setup demo test bench faults lint update newest clean
 
 PYTHON ?= python3
-# Where the CPU build of torch comes from on Linux, an index or a folder of wheels; empty: the CUDA build.
+# On Linux, an index or a folder of wheels with the CPU build of torch; empty: the CUDA build.
 TORCH_CPU ?= https://download.pytorch.org/whl/cpu
 PINS := templates/requirements.outerbounds.txt templates/requirements-rayserve.txt
 REQUIREMENTS := $(PINS) requirements-dev.txt
@@ -88,7 +88,7 @@ bench: setup $(PEERS) ## compare the server with its peers, an hour; make bench 
 	@$(BIN)/python bench/bench.py $(BENCH)
 	$(BIN)/python bench/scale.py
 
-faults: setup ## break things under load and count what is lost, three hours; make faults FAULTS="--times 3 --seconds 60"
+faults: setup ## cause failures under load and count what is lost, three hours; make faults FAULTS="--times 3 --seconds 60"
 	@$(BIN)/python tests/reliability.py $(FAULTS)
 
 lint: setup ## check format, style, types, spelling, workflows and the repository itself
