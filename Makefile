@@ -97,7 +97,7 @@ lint: setup ## check format, style, types, spelling, workflows and the repositor
 	$(BIN)/mypy
 	$(BIN)/codespell
 	$(BIN)/zizmor --quiet --offline --persona=pedantic .github
-	$(BIN)/repo-review --show err .
+	review=$$($(BIN)/repo-review --show err .) || { echo "$$review"; exit 1; }
 
 # $(newest): the latest versions that fit together, none older than a pin, with all dependencies
 newest = sed -E '/^\#/d; s/==/>=/' $(PINS) | $(BIN)/uv pip compile --quiet --no-header --no-annotate \
