@@ -1,4 +1,7 @@
 # `make` alone lists what there is to do.
+ifeq ($(filter oneshell,$(.FEATURES)),)
+$(error needs GNU make 3.82 or later; on macOS: brew install make, then gmake)
+endif
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
@@ -6,7 +9,7 @@ SHELL := bash
 .PHONY: help setup demo test bench faults lint update newest clean
 
 PYTHON ?= python3
-# Where the CPU build of torch comes from on Linux, an index or a folder of wheels; empty: the CUDA build.
+# On Linux, an index or a folder of wheels with the CPU build of torch; empty: the CUDA build.
 TORCH_CPU ?= https://download.pytorch.org/whl/cpu
 PINS := templates/requirements.outerbounds.txt templates/requirements-rayserve.txt
 REQUIREMENTS := $(PINS) requirements-dev.txt
@@ -14,7 +17,7 @@ BIN := $(CURDIR)/.venv/bin
 PEERS := $(patsubst bench/requirements-%.txt,bench/.venv-%/ready,$(wildcard bench/requirements-*.txt))
 
 help: ## list these targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
 
 setup: .venv/ready ## install the packages of the templates and their tests into .venv
 
@@ -85,13 +88,16 @@ bench: setup $(PEERS) ## compare the server with its peers, an hour; make bench 
 	@$(BIN)/python bench/bench.py $(BENCH)
 	$(BIN)/python bench/scale.py
 
-faults: setup ## break things under load and count what is lost, three hours; make faults FAULTS="--times 3 --seconds 60"
+faults: setup ## cause failures under load and count what is lost, three hours; make faults FAULTS="--times 3 --seconds 60"
 	@PYTHONPATH=templates:tests $(BIN)/python -m reliability $(FAULTS)
 
-lint: setup ## check format, style and types
+lint: setup ## check format, style, types, spelling, workflows and the repository itself
 	@$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/zizmor --quiet --offline --persona=pedantic .github
+	review=$$($(BIN)/repo-review --show err .) || { echo "$$review"; exit 1; }
 
 # $(newest): the latest versions that fit together, none older than a pin, with all dependencies
 newest = sed -E '/^\#/d; s/==/>=/' $(PINS) | $(BIN)/uv pip compile --quiet --no-header --no-annotate \
