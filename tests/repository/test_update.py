@@ -235,8 +235,8 @@ def edit(path):
 
 
 def edited(text):
-    """With the user's change, at both ends."""
-    return f"# Mine\n{text}\n# mine\n"
+    """With the user's change, where no release changes anything."""
+    return f"{text}\n# mine\n"
 
 
 # The history may be missing, as in a shallow clone: nobody else has it.
