@@ -78,7 +78,7 @@ class Server:
         self.log = Path(folder, "serve.log")
         self.port = free_port()
         self.dashboard = free_port() if dashboard else None
-        self.scratch = tempfile.mkdtemp(prefix="ray-")  # short: Ray puts sockets there
+        self.scratch = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: Ray puts sockets there
         self.environment = {
             name: value for name, value in os.environ.items() if not name.startswith(NOT_PASSED_ON)
         }
