@@ -6,7 +6,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench faults lint update newest clean
+.PHONY: help setup demo test test-all bench faults lint update newest clean
 
 PYTHON ?= python3
 # On Linux, an index or a folder of wheels with the CPU build of torch; empty: the CUDA build.
@@ -81,7 +81,10 @@ demo: setup ## train, export, serve and query the translator, in a temporary fol
 	assert answer == {"translation": "Bonjour le monde !"}
 	END
 
-test: setup ## run every test
+test: setup ## run the tests of all that a user's copy depends on, in minutes
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-all: setup ## run every test, half an hour
 	@$(BIN)/python -m pytest
 
 bench: setup $(PEERS) ## compare the server with its peers, an hour; make bench BENCH="--rounds 1 --seconds 5"

@@ -19,6 +19,7 @@ NOT_RUN = {  # pattern: why
     "make setup": "is what the tests are run from",
     "make lint": "is what .ci/run runs",
     "make test": "is this",
+    "make test-all": "is this",
     ".venv/bin/python -m pytest *": "is a part of this",
     "PICTURES=* *": "is a part of this too; the variable keeps the picture",
     "python template_flow.py run --data pairs.tsv *": "needs the hub; test_template_flow.py",
