@@ -1,17 +1,24 @@
 """Every command in README.md is run as it stands, and prints what README.md says."""
 
 import contextlib
+import fcntl
 import fnmatch
 import os
+import pty
 import re
+import select
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from loopback import alone, build_options
 
@@ -103,17 +110,101 @@ def wait_for(url, server, log):
     raise AssertionError(log.read_text())
 
 
+@contextlib.contextmanager
+def at_terminal(command, folder, environment):
+    """Run a command at a terminal of its own; yield the process and the terminal's other end."""
+    ours, its = pty.openpty()
+    process = subprocess.Popen(
+        shlex.split(command),
+        cwd=folder,
+        env=environment,
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(its)
+    try:
+        yield process, ours
+    finally:
+        os.close(ours)  # ends what still runs there, with SIGHUP
+        process.wait(200)
+
+
+def read_until(text, terminal, seconds=900):
+    """Return what a terminal shows, until it shows a text; without one, until it is closed."""
+    shown = b""
+    end = time.monotonic() + seconds
+    while text is None or text.encode() not in shown:
+        ready, _, _ = select.select([terminal], [], [], max(0, end - time.monotonic()))
+        assert ready, shown.decode()
+        try:
+            part = os.read(terminal, 4096)
+        except OSError:  # on Linux, that is how a terminal ends
+            part = b""
+        if not part:
+            break
+        shown += part
+    return shown.decode().replace("\r\n", "\n")
+
+
+def left_by_demo():
+    """Return what a demo must not leave: folders, and processes that had one as their own."""
+    left = list(Path("/tmp").glob("demo.*"))
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("RAY_TMPDIR", "").startswith("/tmp/demo."):
+                left.append(process)
+    return left
+
+
+def lines_of_demo():
+    """Return what README.md shows of `make demo`: without a terminal, and at one."""
+    ((_, expected),) = [found for found in commands() if found[0] == "make demo"]
+    stays = next(number for number, line in enumerate(expected) if "keeps running" in line)
+    return expected[:stays], expected
+
+
 @pytest.mark.xdist_group("ray")
-def test_make_demo_twice(tmp_path):
-    ((command, expected),) = [each for each in commands() if each[0] == "make demo"]
-    curl, answer = next(each for each in commands() if each[0].startswith("curl"))
-    for _ in range(2):
-        begin = time.monotonic()
-        with alone(8000):
-            output = run(command, ROOT, clean(tmp_path))
-        assert shows(output, expected) and shows(output, [f"$ {curl}", *answer]), output
-        assert time.monotonic() - begin < 300
-        assert list(Path("/tmp").glob("demo.*")) == []  # it cleans up
+def test_make_demo_without_a_terminal(tmp_path):
+    expected, _ = lines_of_demo()
+    with alone(8000):
+        output = run("make demo < /dev/null", ROOT, clean(tmp_path), seconds=900)
+    assert shows(output, expected), output
+    assert len(output.splitlines()) == len("\n".join(expected).strip().splitlines()), output
+    assert "Done!" in (ROOT / "demo.log").read_text()
+    assert not left_by_demo()
+
+
+@pytest.mark.xdist_group("ray")
+def test_make_demo_at_a_terminal(tmp_path):
+    _, expected = lines_of_demo()
+    with alone(8000), at_terminal("make demo", ROOT, clean(tmp_path)) as (process, terminal):
+        output = read_until(expected[-1], terminal)
+        assert shows(output, expected), output
+        (curl,) = re.findall("ask: (curl .*)", output)
+        assert run(curl, tmp_path, clean(tmp_path)).endswith('{"translation":"Bonjour le monde !"}')
+        (page,) = re.findall(r"Open (http\S+)", output)
+        assert "<title>Translator</title>" in httpx.get(page, timeout=60).text
+        assert process.poll() is None
+        os.write(terminal, b"\x03")  # Ctrl+C
+        end = read_until(None, terminal, seconds=300)
+        assert process.wait(100) == 0, end
+        assert "stopping the server" in end and "Error" not in end and "***" not in end
+        assert not left_by_demo()
+        socket.create_server(("127.0.0.1", 8000)).close()
+
+
+@pytest.mark.xdist_group("ray")
+def test_make_demo_ends_with_its_terminal(tmp_path):
+    with alone(8000):
+        with at_terminal("make demo", ROOT, clean(tmp_path)) as (_, terminal):
+            read_until("1/4 train", terminal)
+        end = time.monotonic() + 300
+        while left_by_demo():
+            assert time.monotonic() < end, left_by_demo()
+            time.sleep(0.5)
 
 
 def copy(folder):
@@ -155,6 +246,14 @@ def run_all(pairs, folder):
             output = run(command, folder, environment).replace("\r\n", "\n")
             assert shows(output, expected), (command, expected, output)
     return done
+
+
+def test_pictures_of_the_readme_are_there():
+    text = (ROOT / "README.md").read_text("utf-8")
+    pictures = re.findall(r'!\[[^]]*\]\(([^)]+)\)|src(?:set)?="([^"]+)"', text)
+    assert len(pictures) == 5
+    for names in pictures:
+        assert (ROOT / "".join(names)).stat().st_size > 1000, names
 
 
 def test_files_that_the_readme_names_are_there():
