@@ -55,7 +55,7 @@ def main() -> None:
     # A short path: Ray puts sockets there, whose paths are limited.
     with tempfile.TemporaryDirectory(prefix="demo.", dir="/tmp") as name:  # noqa: S108
         folder = Path(name)
-        for path in (ROOT / "templates").glob("*.*"):
+        for path in (ROOT / "templates").glob("[!.]*"):
             if path.is_file():
                 shutil.copy(path, folder)
         say("all output: demo.log")
@@ -103,14 +103,18 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
-def start(command: str, folder: Path, **options: bool) -> subprocess.Popen:
+def start(command: str, folder: Path, own_session: bool = False) -> subprocess.Popen:
     """Start a command as somebody types it, with its output in the log."""
-    arguments = shlex.split(command)
     with LOG.open("a") as log:
         log.write(f"$ {command}\n")
         log.flush()
         return subprocess.Popen(
-            arguments, cwd=folder, env=environment(folder), stdout=log, stderr=log, **options
+            shlex.split(command),
+            cwd=folder,
+            env=environment(folder),
+            stdout=log,
+            stderr=log,
+            start_new_session=own_session,
         )
 
 
@@ -132,7 +136,7 @@ def last_line() -> str:
 @contextlib.contextmanager
 def serving(folder: Path):
     """Start the server and wait until it answers; at the end stop it, and all that it started."""
-    server = start(SERVE, folder, start_new_session=True)  # which Ctrl+C does not reach
+    server = start(SERVE, folder, own_session=True)  # which Ctrl+C does not reach
     try:
         end = time.monotonic() + 600
         while not is_up():
@@ -146,6 +150,7 @@ def serving(folder: Path):
         _, late = psutil.wait_procs(started_by(server), timeout=60)
         for process in late:
             process.kill()
+        psutil.wait_procs(late)
         server.wait()
 
 
