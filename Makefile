@@ -26,17 +26,23 @@ define install
 @$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || {
   echo "make setup: needs Python 3.11 to 3.13; name one: make setup PYTHON=python3.11"; exit 1; }
 log=$$(mktemp)
+echo "python -m venv $1" > $$log
 failed() { echo "make setup: $$1 ($$(grep -m1 '^ERROR' $$log || tail -n1 $$log)); the whole log: $$log"; rm -rf $1; exit 1; }
 echo "installing into $1, a few minutes the first time ..."
+tell() { while sleep 15 > /dev/null 2>&1; do echo "  $$SECONDS s: $$(grep -v WARNING $$log | tail -n 1 | cut -c 1-70)"; done; }
+tell & # what pip is doing
+trap "kill $$! 2> /dev/null || true" EXIT
 rm -rf $1
-$(PYTHON) -m venv $1 > $$log 2>&1 || failed "cannot make $1; on Debian install python3-venv"
+$(PYTHON) -m venv $1 >> $$log 2>&1 || failed "cannot make $1; on Debian install python3-venv"
 torch=$$(grep -h '^torch==' $2 $(PINS) | head -n 1)
 if [ "$$(uname -s)" = Linux ] && [ -n "$(TORCH_CPU)" ]; then
   case "$(TORCH_CPU)" in http*) from="--extra-index-url $(TORCH_CPU)" ;; *) from="--find-links $(TORCH_CPU)" ;; esac
-  $1/bin/pip install -q --retries 0 --timeout 5 --no-deps $$from "$$torch+cpu" > $$log 2>&1 ||
+  $1/bin/pip install --progress-bar off --retries 0 --timeout 5 --no-deps $$from "$$torch+cpu" > $$log 2>&1 ||
     echo "no CPU build of torch at $(TORCH_CPU): installing the default build, which is large"
 fi
-$1/bin/pip install -q --retries 2 $(2:%=-r %) > $$log 2>&1 || failed "cannot install; is there a network?"
+$1/bin/pip install --progress-bar off --retries 2 $(2:%=-r %) > $$log 2>&1 || failed "cannot install; is there a network?"
+kill $$!
+trap - EXIT
 rm $$log
 touch $1/ready
 endef
@@ -47,39 +53,8 @@ endef
 bench/.venv-%/ready: bench/requirements-%.txt
 	$(call install,$(@D),$<)
 
-demo: setup ## train, export, serve and query the translator, in a temporary folder; about a minute
-	@$(BIN)/python -c 'import socket; socket.create_server(("127.0.0.1", 8000))' 2>/dev/null || {
-	  echo "make demo: port 8000 is in use; stop what listens there (another demo? .venv/bin/ray stop)"; exit 1; }
-	folder=$$(mktemp -d /tmp/demo.XXXXXX) # short: Ray puts sockets there, whose paths are limited
-	server=
-	stop() { [ -z "$$server" ] || { kill $$server; wait $$server || true; } 2>/dev/null; rm -rf "$$folder"; }
-	trap stop EXIT
-	cp templates/*.* "$$folder"
-	cd "$$folder"
-	export PATH="$(BIN):$$PATH" METAFLOW_HOME="$$folder" METAFLOW_USER="$${USER:-demo}" RAY_ADDRESS=local RAY_TMPDIR="$$folder"
-	export OMP_NUM_THREADS=1 # as fast for a model this small, and not slowed down by other programs
-	unset METAFLOW_PROFILE METAFLOW_DEFAULT_DATASTORE __REMOTE_CONFIG_HAS_BEEN_RESOLVED__
-	echo '$$ python template_flow.py run --offline True'
-	python template_flow.py run --offline True
-	echo '$$ python export_model.py'
-	python export_model.py
-	echo '$$ serve run template_ray_serve:translator_app --route-prefix "/translate"'
-	setsid serve run template_ray_serve:translator_app --route-prefix "/translate" > serve.log 2>&1 &
-	server=$$!
-	for _ in $$(seq 120); do
-	  python -c 'import urllib.request as u; u.urlopen("http://127.0.0.1:8000/translate/health", timeout=5)' 2>/dev/null && break
-	  kill -0 $$server 2>/dev/null || { cat serve.log; echo "make demo: the server did not start, see above"; exit 1; }
-	  sleep 1
-	done
-	echo '$$ curl -d '"'"'{"text": "Hello world!"}'"'"' -H "Content-Type: application/json" http://127.0.0.1:8000/translate'
-	python - <<-'END'
-	import json, urllib.request
-	body, header = json.dumps({"text": "Hello world!"}).encode(), {"Content-Type": "application/json"}
-	ask = urllib.request.Request("http://127.0.0.1:8000/translate", body, header)
-	answer = json.load(urllib.request.urlopen(ask, timeout=60))
-	print(json.dumps(answer, ensure_ascii=False))
-	assert answer == {"translation": "Bonjour le monde !"}
-	END
+demo: setup ## train, export, serve and ask the translator; at a terminal the server stays until Ctrl+C
+	@$(BIN)/python tools/demo.py
 
 test: setup ## run the tests of all that a user's copy depends on, in minutes
 	@$(BIN)/python -m pytest -m "not slow"
@@ -122,4 +97,4 @@ newest: setup ## run the templates' own tests with the latest versions, changing
 	.venv-newest/bin/python -m pytest templates
 
 clean: ## remove what the other targets created
-	@rm -rf .venv .venv-newest newest.txt bench/.venv-* bench/results.* model templates/model .metaflow wandb .*_cache templates/__pycache__ tests/__pycache__
+	@rm -rf .venv .venv-newest newest.txt demo.log bench/.venv-* bench/results.* model templates/model .metaflow wandb .*_cache templates/__pycache__ tests/__pycache__

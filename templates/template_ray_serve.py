@@ -11,7 +11,7 @@ another setting, is an argument:
     serve run template_ray_serve:build model=/path/to/model --route-prefix "/translate"
 
 As it is, it serves a translator. For a task of your own, change the settings (section 1) and
-replace your work (section 2); the mechanics and the server (sections 3 and 4) work for any task.
+replace your work (section 2); mechanics, page and server (sections 3 to 5) work for any task.
 """
 
 import asyncio
@@ -481,52 +481,113 @@ class Batcher:
             patience = max(patience, self.newest + 0.05)
 
 
-# The request as JSON, or, if it is one text, as that text; the answer in the same way.
-PAGE = """<!doctype html>
+# -- 4. The page: it sends any request and shows any answer ----------------------------------------
+# In this file, so that two files are enough to serve. It needs no other host, and works offline.
+
+PAGE = r"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
 <title>TITLE</title>
 <style>
-body { font: 16px sans-serif; max-width: 40em; margin: 2em auto }
-textarea { width: 100% }
-pre { white-space: pre-wrap }
+:root { color-scheme: light dark }
+* { box-sizing: border-box; margin: 0; font: inherit; color: inherit }
+body {
+  max-width: 64rem; margin: 2rem auto; padding: 0 1.5rem; font: 1rem/1.5 system-ui, sans-serif;
+  background: light-dark(#f4f5f7, #15181d); color: light-dark(#1c2128, #e6e8ec)
+}
+h1 { margin-bottom: 1rem; font-size: 1.75rem; font-weight: 700 }
+form { display: grid; gap: .5rem 1.5rem }
+@media (min-width: 40rem) { form { grid: auto 1fr auto / auto-flow minmax(0, 1fr) } }
+label, h2, button { font-weight: 600 }
+dt, small { font-size: .875rem; color: light-dark(#59616d, #9ba3af) }
+textarea, dl {
+  min-height: 12rem; max-height: 70vh; padding: .75rem 1rem; overflow: auto; resize: vertical;
+  border: 1px solid light-dark(#cdd2d9, #3b424d); border-radius: .5rem;
+  background: light-dark(#fff, #1d2127)
+}
+dd { margin-bottom: .75rem; white-space: pre-wrap; overflow-wrap: anywhere }
+dl.error, dl.error dt { border-color: currentColor; color: light-dark(#c62828, #ff8a80) }
+dl[aria-busy=true] { opacity: .5 }
+button { padding: .5rem 1.5rem; border: 0; border-radius: .5rem; background: #2557d6; color: #fff }
+:focus-visible { outline: 3px solid light-dark(#7ba3f7, #6690ee); outline-offset: 1px }
 </style>
 <h1>TITLE</h1>
 <form>
-<textarea rows="5" aria-label="Request">EXAMPLE</textarea>
-<p><button>Send</button></p>
+<label for="request">Request</label>
+<textarea id="request" dir="auto" spellcheck="false" autofocus>EXAMPLE</textarea>
+<p><button>Send</button> <small>or Ctrl+Enter</small></p>
+<h2>Answer</h2>
+<dl aria-live="polite"></dl>
+<p><small id="time">&nbsp;</small></p>
 </form>
-<pre aria-live="polite"></pre>
 <script>
-const form = document.forms[0]
-const input = document.querySelector("textarea")
-const output = document.querySelector("pre")
+const [form, input, answer, time] = document.querySelectorAll("form, textarea, dl, #time")
 const example = JSON.parse(input.value)
+const [field, ...others] = Object.keys(example)
+const isText = others.length === 0 && typeof example[field] === "string"
+if (isText) input.value = example[field]
 
-function onlyText(object) {
-  const values = Object.values(object)
-  return values.length === 1 && typeof values[0] === "string" ? values[0] : null
+input.onkeydown = event => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit()
 }
-
-const isText = onlyText(example) !== null
-if (isText) input.value = onlyText(example)
 
 form.onsubmit = async event => {
   event.preventDefault()
-  const field = Object.keys(example)[0]
-  const body = isText ? JSON.stringify({[field]: input.value}) : input.value
+  if (answer.ariaBusy === "true") return
+  answer.ariaBusy = "true"
+  const begin = performance.now()
+  const tick = () => time.textContent = ((performance.now() - begin) / 1000).toFixed(2) + " s"
+  const clock = setInterval(tick, 50)
+  await ask(isText ? JSON.stringify({[field]: input.value}) : input.value)
+  clearInterval(clock)
+  tick()
+  answer.ariaBusy = "false"
+}
+
+async function ask(body) {
   const headers = {"Content-Type": "application/json"}
-  const reply = await fetch("", {method: "POST", headers, body})
-  const answer = await reply.json()
-  const shown = onlyText(answer) ?? JSON.stringify(answer, null, 1)
-  output.textContent = reply.ok ? shown : answer.error.message
+  const signal = AbortSignal.timeout(LIMIT_S * 1000)
+  try {
+    const reply = await fetch("", {method: "POST", headers, body, signal})
+    const text = await reply.text()
+    const isJson = reply.headers.get("Content-Type") === headers["Content-Type"]
+    const json = isJson ? JSON.parse(text) : {error: {message: text}} // of a proxy
+    show(reply.ok ? json : {["Error " + reply.status]: json.error.message}, !reply.ok)
+  } catch (error) {
+    const isLate = error.name === "TimeoutError"
+    show({"No answer": isLate ? "Not within LIMIT_S s." : "The server cannot be reached."}, true)
+  }
+}
+
+function show(fields, isError) {
+  answer.className = isError ? "error" : ""
+  answer.replaceChildren()
+  for (const [name, value] of Object.entries(fields)) {
+    const [term, text] = [document.createElement("dt"), document.createElement("dd")]
+    term.textContent = name
+    text.textContent = typeof value === "string" ? value : readable(value)
+    text.dir = "auto"
+    answer.append(term, text)
+  }
+}
+
+// JSON, one entry a line; what is short stays on one line, and so does a list of numbers.
+function readable(value, indent = "\n") {
+  const line = JSON.stringify(value)
+  const isList = Array.isArray(value)
+  if (isList && value.every(Number.isFinite)) return "[" + value.join(", ") + "]"
+  if (line.length < 50 || Object(value) !== value) return line
+  const name = key => isList ? "" : JSON.stringify(key) + ": "
+  const entry = key => indent + "  " + name(key) + readable(value[key], indent + "  ")
+  return line[0] + Object.keys(value).map(entry) + indent + line.at(-1)
 }
 </script>
 </html>
 """
 
 
-# -- 4. The server: a request, from top to bottom --------------------------------------------------
+# -- 5. The server: a request, from top to bottom --------------------------------------------------
 # It comes last because Ray pickles the class together with the names defined above it.
 
 
@@ -608,7 +669,8 @@ class ModelServer:
     @api.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page(self) -> str:
         example = json.dumps(EXAMPLE, ensure_ascii=False, indent=1)
-        page = PAGE.replace("TITLE", api.title)
+        limit = self.settings.timeout_s + 10  # the app's own answer to a timeout comes first
+        page = PAGE.replace("TITLE", api.title).replace("LIMIT_S", f"{limit:g}")
         return page.replace("EXAMPLE", html.escape(example))
 
     @api.get("/health")

@@ -16,7 +16,7 @@ README, SHIP = commands(), commands(ROOT / "docs/ship.md")
 ASK = README[-2:]  # serve run, curl
 CHECK = ("python check_serve_config.py serve_config.yaml", ["serve_config.yaml: valid"])
 TRAIN = ("python template_flow.py run --offline True --epochs 8", ["Done!"])
-ROWS = {"train": [TRAIN], "serve": [CHECK, *ASK], "image": [CHECK, *SHIP[3:6]], "all": README[2:]}
+ROWS = {"train": [TRAIN], "serve": [CHECK, *ASK], "image": [CHECK, *SHIP[3:6]], "all": README[1:]}
 OWN = {
     "pyproject.toml": '[project]\nname = "mine"\nversion = "1"\n'
     '[tool.pytest.ini_options]\ntestpaths = ["tests"]\n'
