@@ -343,6 +343,7 @@ def image(bridge, tmp_path_factory):
     return IMAGE
 
 
+@pytest.mark.slow
 @docker_test
 def test_image_runs_as_anybody_and_holds_no_secret(image, tmp_path):
     asked = pods.docker(
@@ -408,6 +409,7 @@ def read(run, folder, environment, tasks=None):
     return pickle.loads(done.stdout)
 
 
+@pytest.mark.slow
 @docker_test
 def test_unedited_flow_on_outerbounds_gets_its_packages_from_pypi(cloud, tmp_path):
     with served(Bakery) as bakery:
@@ -433,6 +435,7 @@ def test_unedited_flow_on_outerbounds_gets_its_packages_from_pypi(cloud, tmp_pat
     assert "* *" not in json.dumps(manifest)  # no schedule unless asked for
 
 
+@pytest.mark.slow
 @docker_test
 @pytest.mark.parametrize("gpus, limits", [(1, {"nvidia.com/gpu": "1"}), (0, {})])
 def test_scheduled_training_asks_for_the_gpus_that_are_set(cloud, gpus, limits, tmp_path):
@@ -444,6 +447,7 @@ def test_scheduled_training_asks_for_the_gpus_that_are_set(cloud, gpus, limits, 
     assert resources["requests"]["memory"] == "16000M"
 
 
+@pytest.mark.slow
 @docker_test
 def test_scheduled_flow_trains_in_the_image_and_goes_on_after_a_kill(cloud, image, tmp_path):
     flow = edited(
@@ -497,6 +501,7 @@ def test_scheduled_flow_trains_in_the_image_and_goes_on_after_a_kill(cloud, imag
     assert find(KEY_SHOWN, *stored) > 0  # the search looks into logs too
 
 
+@pytest.mark.slow
 @docker_test
 def test_run_on_kubernetes(cloud, image, tmp_path):
     flow = edited(

@@ -7,7 +7,7 @@ from helpers.app import make_app
 from helpers.load import Load
 from helpers.nodes import lose_node, replicas, three_nodes
 
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 OTHERWISE = ("update.md", "reliability.md", "your-own-model.md")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
     [
@@ -51,6 +52,7 @@ def test_links_to_files_lead_somewhere(page):
         assert link.startswith("https://") or (page.parent / link).exists(), link
 
 
+@pytest.mark.slow
 def test_script_of_the_page_runs(tmp_path):
     (script,) = blocks("train.md", "python")
     folder = copy(tmp_path)
@@ -67,6 +69,7 @@ def changed(folder, number):
     return folder
 
 
+@pytest.mark.slow
 def test_trainings_side_by_side_keep_the_best_and_resume_each_its_own(tmp_path):
     folder = changed(tmp_path, 0)
     environment = {**clean(folder), "METAFLOW_HOME": str(folder / "none"), "METAFLOW_USER": "test"}
@@ -99,6 +102,7 @@ def test_trainings_side_by_side_keep_the_best_and_resume_each_its_own(tmp_path):
     assert exported == resumed["model"]["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_pairs_from_s3(tmp_path):
     folder = changed(tmp_path, 1)
     pairs = [(f"text {number}", f"texte {number}") for number in range(200)]

@@ -45,6 +45,7 @@ def test_make_demo_without_a_terminal(tmp_path):
     assert not left_by_demo()
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 def test_make_demo_at_a_terminal(tmp_path):
     _, expected = lines_of_demo()
@@ -64,6 +65,7 @@ def test_make_demo_at_a_terminal(tmp_path):
         socket.create_server(("127.0.0.1", 8000)).close()
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 def test_make_demo_ends_with_its_terminal(tmp_path):
     with alone(8000):

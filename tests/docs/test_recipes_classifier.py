@@ -69,6 +69,7 @@ BAD_DATA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD_DATA)
 def test_bad_data_is_named_in_one_line(case, folder, tmp_path):
     content, message = BAD_DATA[case]
@@ -79,6 +80,7 @@ def test_bad_data_is_named_in_one_line(case, folder, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 def test_commands_of_the_page(followed):
     found = recipes.artifacts(followed, "evaluate")
@@ -87,11 +89,13 @@ def test_commands_of_the_page(followed):
     assert {case["answer"]["label"] for case in known} == set(SUBJECTS)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 def test_gate(followed):
     recipes.fails_in_one_line(followed, "--epochs 1 --minimum 0.99", "not good enough: ")
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 def test_a_killed_training_resumes_and_ends_with_the_same_model(followed, tmp_path):
     unbroken = recipes.artifacts(followed, "train")
@@ -106,6 +110,7 @@ def test_a_killed_training_resumes_and_ends_with_the_same_model(followed, tmp_pa
     assert resumed["model"] == unbroken["model"] and resumed["losses"] == unbroken["losses"]
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 def test_fine_tunes_its_own_model(followed):
     code, output = recipes.run(followed, f"{recipes.FLOW} run --base-model model --epochs 1")
@@ -113,6 +118,7 @@ def test_fine_tunes_its_own_model(followed):
     assert recipes.artifacts(followed, "train")["losses"][0]["loss"] < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 def test_serves_as_configured(followed):
     known = recipes.known_answers(followed)
@@ -126,11 +132,13 @@ def test_serves_as_configured(followed):
         assert status == 200 and answer["label"] == "delivery"
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 def test_mechanics_pass_unedited(followed):
     recipes.run_mechanics_tests(followed)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("docker")
 def test_image(followed):
     if not recipes.docker_answers():

@@ -83,6 +83,7 @@ BAD_DATA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD_DATA)
 def test_bad_data_is_named_in_one_line(case, folder, environment, tmp_path):
     content, message = BAD_DATA[case]
@@ -91,6 +92,7 @@ def test_bad_data_is_named_in_one_line(case, folder, environment, tmp_path):
     recipes.fails_in_one_line(folder, f"--data {file}", message, **environment)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 def test_commands_of_the_page(followed, environment):
     scores = recipes.artifacts(followed, "evaluate", **environment)["scores"]
@@ -102,11 +104,13 @@ def test_commands_of_the_page(followed, environment):
     assert files == {"model.skops", "known_answers.json", "README.md"}
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 def test_gate(followed, environment):
     recipes.fails_in_one_line(followed, "--minimum 1", "not good enough: ", **environment)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 def test_one_label_among_the_held_out_rows_never_passes(folder, environment):
     script = (
@@ -127,6 +131,7 @@ def test_one_label_among_the_held_out_rows_never_passes(folder, environment):
     recipes.fails_in_one_line(folder, options, "not good enough: roc_auc nan", **environment)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 def test_a_killed_training_resumes_and_ends_with_the_same_trees(environment, tmp_path):
     models = []
@@ -151,6 +156,7 @@ def test_a_killed_training_resumes_and_ends_with_the_same_trees(environment, tmp
     subprocess.run([sys.executable, "-c", SAME_TREES, *files], check=True, timeout=400)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 def test_serves_as_configured(followed, environment):
     known = recipes.known_answers(followed)
@@ -178,6 +184,7 @@ def test_serves_as_configured(followed, environment):
         assert list(content["schema"]["properties"]) == list(good)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_missing_is_one_line(folder, environment, tmp_path):
     recipes.apply(HEADING, tmp_path)
     script = "import template_ray_serve as app; app.load_model(app.Settings(), 1)"
@@ -187,11 +194,13 @@ def test_a_model_that_is_missing_is_one_line(folder, environment, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 def test_mechanics_pass_unedited(followed, environment):
     recipes.run_mechanics_tests(followed, **environment)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("docker")
 def test_image_has_no_torch(followed):
     if not recipes.docker_answers():

@@ -237,6 +237,7 @@ def marian(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_marian_keeps_both_of_its_sentencepiece_models(marian):
     pieces = []
     for name in ("source.spm", "target.spm"):
@@ -250,6 +251,7 @@ def test_marian_keeps_both_of_its_sentencepiece_models(marian):
         assert case["answer"]["translation"] == answers[case["request"]["text"]]
 
 
+@pytest.mark.slow
 def test_marian_learns_targets_in_pieces_of_the_target_language(marian):
     source, target = german_pairs()[7]
     labels = python(
@@ -272,6 +274,7 @@ print(json.dumps([tokenizer.convert_ids_to_tokens(batch[name][0].tolist())
     assert pieces[0].encode(target, out_type=str) != pieces[1].encode(target, out_type=str)
 
 
+@pytest.mark.slow
 def test_text_is_cut_into_sentences_of_its_own_language(marian):
     answers = python(
         marian,
@@ -281,6 +284,7 @@ def test_text_is_cut_into_sentences_of_its_own_language(marian):
     assert german == TWO_TRANSLATIONS != english
 
 
+@pytest.mark.slow
 def test_marian_tells_that_a_translation_was_cut(marian):
     generation = json.loads((marian / "model/generation_config.json").read_text())
     assert generation["forced_eos_token_id"] == 0  # which looks like an end that is none
@@ -291,6 +295,7 @@ def test_marian_tells_that_a_translation_was_cut(marian):
     assert [answer["cut_sentences"] for answer in answers] == [0, 1]
 
 
+@pytest.mark.slow
 def test_marian_without_sentencepiece_ends_in_one_line(tmp_path):
     folder = recipes.apply(PAIR, tmp_path)
     make_marian(folder / MARIAN)
@@ -303,11 +308,13 @@ def test_marian_without_sentencepiece_ends_in_one_line(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_marian_that_was_killed_resumes_to_the_same_model(marian):
     options = f"--base-model {MARIAN} --data pairs.tsv"
     resumed_is_the_same(marian, options, **FROM_RANDOM)
 
 
+@pytest.mark.slow
 def test_image_of_a_marian(marian):
     if not recipes.docker_answers():
         pytest.skip("no docker daemon answers")
@@ -316,6 +323,7 @@ def test_image_of_a_marian(marian):
         assert answer == {"translation": TWO_TRANSLATIONS}
 
 
+@pytest.mark.slow
 def test_mt5_with_a_prefix_needs_sentencepiece_only_to_train(tmp_path):
     folder = recipes.apply(PAIR, tmp_path)
     flow = folder / "template_flow.py"
@@ -358,6 +366,7 @@ def summariser(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_known_summaries_are_those_of_the_shortest_texts(summariser):
     found = SimpleNamespace(**recipes.artifacts(summariser, "evaluate"))
     known = recipes.known_answers(summariser)
@@ -366,6 +375,7 @@ def test_known_summaries_are_those_of_the_shortest_texts(summariser):
     assert found.scores["chrf"] > 95 > 40 > found.scores["baseline_chrf"] > 5
 
 
+@pytest.mark.slow
 def test_first_words_are_no_summary(summariser):
     texts = {"text": "one two three four", "lead": "one two"}
     scores = python(
@@ -380,6 +390,7 @@ print(json.dumps(flow.score(examples, ["one"])[0]))
     assert scores["baseline_chrf"] == 100 > scores["chrf"]
 
 
+@pytest.mark.slow
 def test_summariser_refuses_what_it_cannot_use(summariser):
     command = ("run", "template_ray_serve:translator_app", "--route-prefix", "/summarise")
     known = recipes.known_answers(summariser)
@@ -394,6 +405,7 @@ def test_summariser_refuses_what_it_cannot_use(summariser):
         assert status == 413 and answer["error"]["message"].endswith("the limit is 512.")
 
 
+@pytest.mark.slow
 def test_summary_that_was_cut_is_told(summariser):
     text, _ = reports()[0]
     answers = python(
@@ -402,6 +414,7 @@ def test_summary_that_was_cut_is_told(summariser):
     assert [answer["cut_summaries"] for answer in answers] == [0, 1]
 
 
+@pytest.mark.slow
 def test_wrong_data_for_a_summariser_ends_in_one_line(tmp_path):
     folder = recipes.apply(SUMMARY, tmp_path)
     write_tsv(folder / "pairs.tsv", ("source", "target"), [("a", "b")])
@@ -409,5 +422,6 @@ def test_wrong_data_for_a_summariser_ends_in_one_line(tmp_path):
     recipes.fails_in_one_line(folder, "--data pairs.tsv", message)
 
 
+@pytest.mark.slow
 def test_summariser_that_was_killed_resumes_to_the_same_model(summariser):
     resumed_is_the_same(summariser, "--data texts.tsv --epochs 8")

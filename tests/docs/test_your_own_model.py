@@ -60,6 +60,7 @@ def test_work_names_nothing_of_the_mechanics(module):
     assert not re.findall(words, code)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 def test_rename_then_run_everything(tmp_path):
     folder = copy(tmp_path)

@@ -8,7 +8,7 @@ from helpers.images import LABEL, Container
 from helpers.remote import pods
 from tiny_translator import PAIRS
 
-pytestmark = pytest.mark.xdist_group("docker")
+pytestmark = [pytest.mark.xdist_group("docker"), pytest.mark.slow]
 
 LISTENING = """
 import glob, json

@@ -15,7 +15,7 @@ from helpers.remote import pods
 from helpers.repository import TEMPLATES
 from tiny_translator import PAIRS, make_model
 
-pytestmark = pytest.mark.xdist_group("docker")
+pytestmark = [pytest.mark.xdist_group("docker"), pytest.mark.slow]
 NEW_IMAGE = "template_rayserve_image:next"
 NEW_PAIRS = {**PAIRS, "Hello world!": "Salut le monde !"}
 

@@ -67,6 +67,7 @@ def test_the_lock_names_every_package_by_hash(image):
     assert sorted(map(name, lock)) == sorted(map(name, inside)) and len(lock) > 60
 
 
+@pytest.mark.slow
 def test_a_change_of_code_builds_only_the_last_layer(image, project):
     code = project / "template_ray_serve.py"
     before = code.read_text()
@@ -95,7 +96,12 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+FIRST = "as documented, with the config mounted"
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[] if way == FIRST else pytest.mark.slow) for way in WAYS]
+)
 def test_it_serves(image, project, way):
     options = [
         part
@@ -112,6 +118,7 @@ def test_it_serves(image, project, way):
             assert running.ask(text) == (200, {"translation": answer})
 
 
+@pytest.mark.slow
 def test_without_a_network_and_its_health(image):
     with Container(
         "--network=none", "--health-interval=1s", "--health-start-period=0s", publish=False
@@ -130,6 +137,7 @@ if Path("/tmp/broken").exists():
 """
 
 
+@pytest.mark.slow
 def test_the_health_check_follows_the_config_and_fails_without_an_answer(image, project, tmp_path):
     config = yaml.safe_load((project / "serve_config.yaml").read_text())
     config["http_options"]["port"] = 8001
@@ -167,6 +175,7 @@ def test_a_wrong_config_ends_it_with_the_reason(image, project, tmp_path):
     assert "max_bach_size" in done.stdout
 
 
+@pytest.mark.slow
 def test_nobody_else_reaches_the_dashboard(image):
     """Port 8265 runs code for whoever reaches it: it listens inside only, and wants a token."""
     with Container("--publish=127.0.0.1::8265") as running:
@@ -193,6 +202,7 @@ if Path("/tmp/slow").exists():
 """
 
 
+@pytest.mark.slow
 def test_told_to_stop_it_answers_what_has_begun_and_nothing_more(image, project, tmp_path):
     (tmp_path / "slow.py").write_text(with_code_in_call(SLOW), "utf-8")
     mount = (
@@ -217,6 +227,7 @@ def test_told_to_stop_it_answers_what_has_begun_and_nothing_more(image, project,
         assert late == 404 and took < 30 and running.ask(timeout=5)[0] == 0
 
 
+@pytest.mark.slow
 def test_told_to_stop_while_it_starts(image):
     with Container() as running:
         time.sleep(5)
@@ -226,6 +237,7 @@ def test_told_to_stop_while_it_starts(image):
         )
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(image):
     with Container() as running:
         running.wait()
@@ -234,6 +246,7 @@ def test_killed_and_started_again(image):
         running.wait()
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_no_answer(image):
     with Container("--tmpfs=/tmp:size=256m", "--read-only") as running:
         running.wait()

@@ -46,8 +46,10 @@ def own(folder, files):
 @pytest.mark.parametrize(
     "what",
     [
-        pytest.param(name, marks=pytest.mark.xdist_group("docker" if name == "image" else "ray"))
-        for name in ROWS
+        pytest.param("all", marks=pytest.mark.xdist_group("ray")),
+        pytest.param("train", marks=[pytest.mark.slow]),
+        pytest.param("serve", marks=[pytest.mark.slow, pytest.mark.xdist_group("ray")]),
+        pytest.param("image", marks=[pytest.mark.slow, pytest.mark.xdist_group("docker")]),
     ],
 )
 def test_commands_of_a_set(what, tmp_path):

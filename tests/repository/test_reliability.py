@@ -19,6 +19,7 @@ def folder(tmp_path_factory):
     shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_a_killed_process_costs_no_more_than_the_page_says(folder):
     names = [
         "replica killed",
@@ -39,6 +40,7 @@ def test_a_killed_process_costs_no_more_than_the_page_says(folder):
         ), name
 
 
+@pytest.mark.slow
 def test_with_too_many_requests_it_goes_on_answering(folder):
     ((_, _, _, requests, _, _, refused, lost, wrong),) = arrivals.arrivals(
         folder, ["load of 150 %"], 30
@@ -49,6 +51,7 @@ def test_with_too_many_requests_it_goes_on_answering(folder):
     assert refused < 0.75 * requests
 
 
+@pytest.mark.slow
 def test_nothing_grows(folder, monkeypatch):
     monkeypatch.setattr(long_run, "PAGE", folder / "page.md")
     rows = {

@@ -207,6 +207,7 @@ def run(folder, *arguments, **environment):
     )
 
 
+@pytest.mark.slow
 def test_deploying_waits_and_a_bad_update_leaves_the_old_version_serving(folder, config):
     def deploy(path=None, value=None, *more):
         (folder / "new.yaml").write_text(

@@ -69,6 +69,7 @@ def test_flow_with_the_profile_local_from_another_directory(tmp_path):
     assert (elsewhere / ".metaflow").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
 def test_flow_as_another_user(tmp_path):
     user = pwd.getpwnam("nobody")
@@ -122,6 +123,7 @@ COPIED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root and unshare"
 )

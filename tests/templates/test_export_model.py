@@ -212,6 +212,7 @@ def test_a_failed_run_is_passed_over(folder):
     assert code == 1 and "has not succeeded" in output
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_it_leaves_no_half_model(folder):
     complete = None
     for delay in (0.3, 0.6, 0.9, 1.2, 1.5, 1.8, 2.1):

@@ -1,7 +1,10 @@
 """The flow on pairs that nobody wrote for it: placeholders, markup, odd spaces and accents."""
 
+import pytest
 from flow_testing import artifacts, run
 from helpers import real_pairs
+
+pytestmark = pytest.mark.slow
 
 
 def test_message_catalogues_of_other_projects(tmp_path):

@@ -67,6 +67,7 @@ def test_resume_continues_from_the_last_checkpoint(tmp_path, unbroken):
     assert artifacts(tmp_path, "train")["losses"][-3:] == unbroken["losses"][-3:]
 
 
+@pytest.mark.slow
 def test_retry_continues_from_the_last_checkpoint(tmp_path, unbroken):
     code, output = killed(tmp_path, "--with", "retry:times=1,minutes_between_retries=0")
     assert code == 0, output
@@ -77,6 +78,7 @@ def test_retry_continues_from_the_last_checkpoint(tmp_path, unbroken):
     assert output.count("wandb sync") == 2  # the second attempt at train, and evaluate
 
 
+@pytest.mark.slow
 def test_a_new_run_takes_nothing_from_an_older_one(tmp_path, unbroken):
     for _ in range(2):
         code, output = run(tmp_path, *TRAINING[1:])
@@ -84,6 +86,7 @@ def test_a_new_run_takes_nothing_from_an_older_one(tmp_path, unbroken):
     assert weights(tmp_path) == unbroken["model"]["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_errors_of_s3_change_nothing(tmp_path, unbroken):
     _, _, _, wrong, _ = s3_errors(tmp_path, unbroken["model"]["model.safetensors"], 0)
     assert wrong == 0

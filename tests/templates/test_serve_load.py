@@ -19,7 +19,7 @@ from helpers.repository import TEMPLATES
 from serve_testing import Server
 from tiny_translator import PAIRS, make_model
 
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow]
 
 # What a model might do: here "wait 2" in a text takes 2 seconds, and BOOM-1 fails.
 CODE = """

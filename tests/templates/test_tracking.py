@@ -289,6 +289,7 @@ def waits(output, step):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", FAILURES)
 def test_trouble_with_wandb_is_bounded_and_costs_no_result(failure, bad, record_property):
     run = bad[failure.replace(" ", "_")]
@@ -312,6 +313,7 @@ def test_trouble_with_wandb_is_bounded_and_costs_no_result(failure, bad, record_
     assert "held-out scores:" in run.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", FAILURES)
 def test_what_was_kept_can_be_sent_later(failure, bad):
     run = bad[failure.replace(" ", "_")]
@@ -345,6 +347,7 @@ def test_what_was_kept_can_be_sent_later(failure, bad):
     )
 
 
+@pytest.mark.slow
 def test_a_failing_step_is_marked_once_and_resume_names_its_origin(tmp_path):
     line = '            log({**numbers, "train/global_step": state.global_step})\n'
     source = FLOW.read_text()
