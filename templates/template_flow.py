@@ -58,8 +58,9 @@ import unicodedata
 
 IMAGE = None  # "registry/name@sha256:...", built from Dockerfile; None: @pypi installs the packages
 GPUS = 1  # of the step `train` on a cluster; 0: it runs on CPUs
-SECRETS: list[str] = []  # names of secrets with WANDB_API_KEY, WANDB_PROJECT: a deployed flow is
-# tracked if there is one. ["outerbounds.wandb"]
+# Names of secrets that hold WANDB_API_KEY and WANDB_PROJECT: ["outerbounds.wandb"]. A deployed flow
+# is tracked if there is one.
+SECRETS: list[str] = []
 CRON = None  # when a deployed flow starts on its own: "0 6 * * 1"; None: only when it is triggered
 METRIC = "chrf"  # the score that decides whether a model is good enough: higher is better
 MINIMUM = 0.0  # what that score has to exceed, unless --minimum says otherwise
@@ -268,7 +269,8 @@ def key(example):
 def is_unseen(character):
     """Return True for a soft hyphen, joiner, mark of direction, variation selector and so on."""
     name = unicodedata.name(character, "")
-    return unicodedata.category(character) == "Cf" or "VARIATION SELECTOR" in name
+    others = re.search("VARIATION SELECTOR|GRAPHEME JOINER|HANGUL.* FILLER|INHERENT", name)
+    return unicodedata.category(character) == "Cf" or bool(others)
 
 
 def is_of_word(character):
@@ -498,9 +500,10 @@ def encode(model, texts, kind="text"):
     start = framed.index(letter[0])
     before = framed[:start] + tokens_of(prefix[:end], split_special_tokens=False)
     after = framed[start + len(letter) :]
-    # The tokenizer of a T5, for one, finds them in a text.
-    as_text = {tokenizer.convert_tokens_to_ids(mark): f"{mark[0]} {mark[1:]}" for mark in marks}
-    as_text = {number: tokens_of(text) for number, text in as_text.items()}
+    as_text = {}  # the tokenizer of a T5, for one, finds special tokens in a text
+    for mark in marks:
+        number = tokens_of(mark, split_special_tokens=False)[-1]
+        as_text[number] = tokens_of(f"{mark[0]} {mark[1:]}")
     found = []
     cut = 0
     for tokens in tokens_of([prefix[end:] + text for text in texts]):
@@ -545,24 +548,29 @@ def load_whole(folder):
     config = transformers.AutoConfig.from_pretrained(folder)
     if not config.is_encoder_decoder:
         raise ValueError(f"{config.model_type} is no sequence-to-sequence model, as T5 or BART is")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    names = set(tokenizer.vocab_files_names.values()) - {"tokenizer_config.json"}
-    find = transformers.utils.cached_file
-    found = [find(folder, name, _raise_exceptions_for_missing_entries=False) for name in names]
-    if names and not any(found):
-        raise ValueError(f"the tokenizer is missing: {' or '.join(sorted(names))}")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except Exception:
+        if importlib.util.find_spec("sentencepiece"):
+            raise
+        raise ValueError("its tokenizer needs a package: pip install sentencepiece") from None
     network, report = transformers.AutoModelForSeq2SeqLM.from_pretrained(
         folder,
         dtype="float32",  # is trained in it, however the weights are stored
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
-    wrong = sorted(report["missing_keys"]) + sorted(report["mismatched_keys"])
+    unset = report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
+    wrong = sorted(unset & dict(network.named_parameters()).keys())
     if wrong:
         raise ValueError(f"{len(wrong)} weights are missing or have another size: {wrong[0]}")
+    special = set(tokenizer.all_special_tokens)
+    words = [number for token, number in tokenizer.get_vocab().items() if token not in special]
+    if len(words) < 2:
+        raise ValueError("its tokenizer has no vocabulary: a file is missing")
     size = network.get_input_embeddings().num_embeddings
-    if len(tokenizer) > size:
-        raise ValueError(f"{len(tokenizer)} tokens in the tokenizer, {size} in the weights")
+    if max(words) >= size:
+        raise ValueError(f"its tokenizer has {max(words) + 1} tokens, its weights have {size}")
     # Marian's positions are fixed and not saved, but transformers 5.24 would train them.
     unsaved = network._keys_to_ignore_on_save or []
     for name, parameter in network.named_parameters():
@@ -891,8 +899,9 @@ def init_wandb(options):
 
 
 def in_one_line(error):
-    """Return the message of an error without line breaks."""
-    return " ".join(str(error).split())
+    """Return the message of an error without line breaks, and without the value it is about."""
+    message = " ".join(str(error).split()) or repr(error)
+    return message.partition(" [type=")[0]  # pydantic quotes it, and it may be secret
 
 
 def mode_of(run):
@@ -904,8 +913,16 @@ def mode_of(run):
 
 def settings_of(flow):
     """Return the parameters of a run as the attributes of an object."""
-    names = [name for name in current.parameter_names if name != "requirements"]  # a Config
-    return SimpleNamespace(**{name: getattr(flow, name) for name in names})
+    settings = SimpleNamespace()
+    for name in current.parameter_names:
+        if name == "requirements":
+            continue  # a Config
+        try:
+            value = getattr(flow, name)
+        except KeyError:  # the run that is resumed did not have it yet
+            value = vars(Settings)[name].kwargs["default"]
+        setattr(settings, name, value)
+    return settings
 
 
 def add_training_card(run, losses):

@@ -50,6 +50,9 @@ FAMILIES = {
     ),
     "Marian": Family("MarianMTModel", "MarianTokenizer", SMALL),
     "Marian, multilingual": Family("MarianMTModel", "MarianTokenizer", SMALL, ("", "fra")),
+    "Marian, two vocabularies": Family(
+        "MarianMTModel", "MarianTokenizer", {**SMALL, "share_encoder_decoder_embeddings": False}
+    ),
     "M2M100": Family("M2M100ForConditionalGeneration", "M2M100Tokenizer", SMALL, ("en", "fr")),
     "NLLB": Family(
         "M2M100ForConditionalGeneration", "NllbTokenizer", SMALL, ("eng_Latn", "fra_Latn")
@@ -81,6 +84,11 @@ def train_pieces(file, texts, kind="unigram", **ids):
     return [model.id_to_piece(number) for number in range(model.get_piece_size())]
 
 
+def write_numbers(file, words):
+    """Write {word: number} as JSON."""
+    file.write_text(json.dumps({word: number for number, word in enumerate(dict.fromkeys(words))}))
+
+
 def write_vocabulary(name, folder, sources, targets):
     """Write the files of the vocabulary, as the published models of the family have them."""
     texts = [*sources, *targets]
@@ -91,17 +99,18 @@ def write_vocabulary(name, folder, sources, targets):
         bpe.save_model(str(folder))
     elif name.startswith("Marian"):
         ids = {"bos_id": -1, "eos_id": 0, "unk_id": 1}
-        pieces = train_pieces(folder / "source.spm", sources, **ids)
-        pieces += train_pieces(folder / "target.spm", targets, **ids)
-        languages = [">>fra<<", ">>deu<<"] if "multilingual" in name else []
-        words = dict.fromkeys([*pieces[:2], *languages, *pieces, "<pad>"])
-        vocabulary = {piece: number for number, piece in enumerate(words)}
-        (folder / "vocab.json").write_text(json.dumps(vocabulary))
+        of_sources = train_pieces(folder / "source.spm", sources, **ids)
+        of_targets = train_pieces(folder / "target.spm", targets, **ids)
+        if "two" in name:
+            write_numbers(folder / "vocab.json", [*of_sources, "<pad>"])
+            write_numbers(folder / "target_vocab.json", [*of_targets[:9], "<pad>", *of_targets[9:]])
+        else:
+            tags = [">>fra<<", ">>deu<<"] if "multilingual" in name else []
+            both = [*of_sources[:2], *tags, *of_sources, *of_targets, "<pad>"]
+            write_numbers(folder / "vocab.json", both)
     elif name == "M2M100":
         pieces = train_pieces(folder / "sentencepiece.bpe.model", texts, "bpe")
-        words = dict.fromkeys(["<s>", "<pad>", "</s>", "<unk>", *pieces])
-        vocabulary = {piece: number for number, piece in enumerate(words)}
-        (folder / "vocab.json").write_text(json.dumps(vocabulary))
+        write_numbers(folder / "vocab.json", ["<s>", "<pad>", "</s>", "<unk>", *pieces])
     elif name == "NLLB":
         train_pieces(folder / "sentencepiece.bpe.model", texts, "bpe")
     elif "mBART" in name:
@@ -116,11 +125,12 @@ def write_vocabulary(name, folder, sources, targets):
         train_pieces(folder / "spiece.model", texts, user_defined_symbols=symbols, **ids)
 
 
-def make(name, folder, pairs):
-    """Write a model of a family into an empty folder; return the family."""
+def make(name, folder, pairs, **changes):
+    """Write a model of a family into an empty folder, with changes of its config."""
     family = FAMILIES[name]
     write_vocabulary(name, folder, *zip(*pairs))
     described = {"tokenizer_class": family.tokenizer, "model_max_length": 512}
+    described["separate_vocabs"] = "two" in name
     if name in SPECIAL:
         described["extra_special_tokens"] = SPECIAL[name]
     (folder / "tokenizer_config.json").write_text(json.dumps(described))
@@ -137,7 +147,7 @@ def make(name, folder, pairs):
     if name == "BART":
         special |= {"forced_bos_token_id": tokenizer.bos_token_id, "forced_eos_token_id": 2}
     config = model_class.config_class(
-        **family.config,
+        **{**family.config, **changes},
         **special,
         vocab_size=len(tokenizer) + 108,  # M2M100 has a hundred languages above its vocabulary
         pad_token_id=tokenizer.pad_token_id,
@@ -146,4 +156,3 @@ def make(name, folder, pairs):
     )
     transformers.set_seed(0)
     model_class(config).save_pretrained(folder)
-    return family
