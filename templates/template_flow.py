@@ -456,7 +456,7 @@ def fit(model, examples, settings, folder, save_checkpoint, log):
     trainer = transformers.Trainer(
         network,
         arguments,
-        transformers.DataCollatorForSeq2Seq(tokenizer),
+        data_collator=transformers.DataCollatorForSeq2Seq(tokenizer),
         train_dataset=data,
         callbacks=[Callback],
     )
