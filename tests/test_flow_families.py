@@ -13,6 +13,7 @@ import pytest
 import template_flow as flow
 from test_template_flow import assert_fails_in_one_line, clean_environment, run
 
+PAGE = Path(__file__).parents[1] / "docs/train.md"
 PAIRS = flow.demo_pairs()[::20]
 TAGGED = [*PAIRS, ("Price </s>20 euros<2de> now", "Prix </s>20 euros<2de> aujourd'hui")]
 
@@ -65,6 +66,20 @@ def test_family_is_tuned_saved_and_answers_the_same(name, bases, tmp_path):
     assert flow.encode(again, sources) == flow.encode(model, sources)
     assert flow.encode(again, targets, "text_target") == flow.encode(model, targets, "text_target")
     assert flow.predict(again, TAGGED) == outputs
+
+
+def test_a_finished_checkpoint_is_used_and_said_to_be(bases, tmp_path, capsys):
+    settings = settings_for(bases("BART"))
+    arguments = (PAIRS, settings, str(tmp_path), lambda: None, lambda numbers: None)
+    first = flow.new_model(PAIRS, settings)
+    losses = flow.fit(first, *arguments)
+    line = "the checkpoint is of a finished training, and is used: `run` trains anew\n"
+    assert line not in capsys.readouterr().out
+    settings.tuning_rate = 1e-3
+    second = flow.new_model(PAIRS, settings)
+    assert flow.fit(second, *arguments) == losses
+    assert line in capsys.readouterr().out
+    assert flow.pack(second)["model.safetensors"] == flow.pack(first)["model.safetensors"]
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
@@ -314,3 +329,19 @@ def test_start_refuses_what_cannot_work(name, options, expected, bases, tmp_path
     code, output = run(tmp_path, *base, *options.split())
     assert_fails_in_one_line(code, output, expected)
     assert "/prepare/" not in output, output
+
+
+def test_the_page_lists_every_family():
+    table = PAGE.read_text("utf-8").split("| family |")[1].split("\n\n")[0]
+    rows = [row.split(" | ") for row in table.splitlines()[2:]]
+    listed = {}
+    for names, _, options in rows:
+        separator = "; " if ";" in names else ", "
+        single = (
+            [names.strip("| ")] if "multilingual" in names else names.strip("| ").split(separator)
+        )
+        listed.update(dict.fromkeys(single, options))
+    assert listed.keys() == families.FAMILIES.keys()
+    for name, family in families.FAMILIES.items():
+        assert ("--source-language" in listed[name]) == bool(family.languages[0])
+        assert ("--target-language" in listed[name]) == bool(family.languages[1])
