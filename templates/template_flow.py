@@ -545,11 +545,12 @@ def load_whole(folder):
     """Return (network, tokenizer), of which transformers had to make up nothing."""
     transformers = import_transformers()
     refuse_broken_folder(Path(folder))
-    config = transformers.AutoConfig.from_pretrained(folder)
+    safe = {"trust_remote_code": False}  # or it asks whether to run code of the base
+    config = transformers.AutoConfig.from_pretrained(folder, **safe)
     if not config.is_encoder_decoder:
         raise ValueError(f"{config.model_type} is no sequence-to-sequence model, as T5 or BART is")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **safe)
     except Exception:
         if importlib.util.find_spec("sentencepiece"):
             raise
@@ -559,6 +560,7 @@ def load_whole(folder):
         dtype="float32",  # is trained in it, however the weights are stored
         output_loading_info=True,
         ignore_mismatched_sizes=True,
+        **safe,
     )
     unset = report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
     wrong = sorted(unset & dict(network.named_parameters()).keys())

@@ -483,7 +483,6 @@ def test_a_project_that_wandb_refuses_is_one_line(offline, run_toy):
     assert output.count(refused) == 2, output  # train and evaluate
 
 
-# The parameters that LIMITS names, with a value that no task can use.
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_minimum_that_nothing_exceeds_is_one_line(value, run_toy):
     code, output = run_toy("--minimum", value)

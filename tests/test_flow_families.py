@@ -229,6 +229,10 @@ BROKEN = {
     "unknown": (write("config.json", b'{"model_type": "mine"}'), "model type `mine`"),
     "larger": (change_config(d_model=64), "weights are missing or have another size"),
     "deeper": (change_config(num_layers=3), "16 weights are missing or have another size"),
+    "code of its own": (
+        change_config(model_type="mine", auto_map={"AutoConfig": "mine.Mine"}),
+        "contains custom code",
+    ),
     "small vocabulary": (change_config(vocab_size=50), "weights are missing or have another size"),
 }
 
