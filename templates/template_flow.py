@@ -47,6 +47,9 @@ from metaflow.metaflow_config import DEFAULT_DATASTORE, DEFAULT_ENVIRONMENT
 # YOUR CODE: imports
 # Only of the standard library: on a cluster, `start` runs without your packages. Others: see below.
 import importlib
+import importlib.util
+import itertools
+import re
 import time
 import unicodedata
 
@@ -55,7 +58,9 @@ import unicodedata
 
 IMAGE = None  # "registry/name@sha256:...", built from Dockerfile; None: @pypi installs the packages
 GPUS = 1  # of the step `train` on a cluster; 0: it runs on CPUs
-SECRETS: list[str] = []  # names of secrets that hold WANDB_API_KEY: ["outerbounds.wandb"]
+# Names of secrets that hold WANDB_API_KEY and WANDB_PROJECT: ["outerbounds.wandb"]. A deployed flow
+# is tracked if there is one.
+SECRETS: list[str] = []
 CRON = None  # when a deployed flow starts on its own: "0 6 * * 1"; None: only when it is triggered
 METRIC = "chrf"  # the score that decides whether a model is good enough: higher is better
 MINIMUM = 0.0  # what that score has to exceed, unless --minimum says otherwise
@@ -67,11 +72,23 @@ class Settings:
 
     data = Parameter("data", default="", help="TSV file, header source<TAB>target; none: demo data")
     base_model = Parameter("base-model", default="", help="to fine-tune: google-t5/t5-small")
+    source_language = Parameter("source-language", default="", help="of a base with many: en_XX")
+    target_language = Parameter("target-language", default="", help="of a base with many: fr_XX")
     epochs = Parameter("epochs", type=int, default=14, help="passes over the training examples")
     learning_rate = Parameter("learning-rate", type=float, default=5e-3, help="of a new model")
     tuning_rate = Parameter("tuning-rate", type=float, default=3e-4, help="of --base-model")
     seconds = Parameter("seconds", type=float, default=0.0, help="longest training; 0: no limit")
     seed = Parameter("seed", type=int, default=0, help="same seed and same data: same model")
+
+
+LIMITS = {  # the least and the most that a parameter may be
+    "epochs": (1, 1_000_000),
+    "learning_rate": (1e-9, 1),
+    "tuning_rate": (1e-9, 1),
+    "seconds": (0, math.inf),
+    "seed": (0, 2**32 - 1),
+    "minimum": (-math.inf, 1e9),
+}
 
 
 # -- 2. The flow -----------------------------------------------------------------------------------
@@ -93,7 +110,10 @@ class TemplateFlow(FlowSpec, Settings):
     """Examples in, a model and its scores out."""
 
     offline = Parameter(
-        "offline", type=bool, default=True, help="True: no key, no network. False: tracked by W&B"
+        "offline",
+        type=bool,
+        default=not (SCHEDULED and SECRETS),
+        help="True: no key, no network. False: tracked by W&B",
     )
     minimum = Parameter(
         "minimum", type=float, default=MINIMUM, help=f"fail unless {METRIC} is higher than this"
@@ -109,8 +129,10 @@ class TemplateFlow(FlowSpec, Settings):
         """Check what can be checked before any work, and read the examples."""
         if not self.offline and DEFAULT_DATASTORE == "local":
             require_wandb()  # on a cluster, only the steps that are tracked have the key
+        settings = settings_of(self)
+        require_limits(settings)
         with user_errors_in_one_line():
-            self.examples = read(settings_of(self))
+            self.examples = read(settings)
         self.next(self.prepare)
 
     # Larger data: raise memory and disk, both in MB.
@@ -189,7 +211,7 @@ class TemplateFlow(FlowSpec, Settings):
 
 TASK = "translation_en_to_fr"  # task and languages, as transformers names them
 PREFIX = "translate English to French: "  # how a T5 is told its task
-MAX_TOKENS = 128  # of a source, and of a target; longer ones are cut in training
+MAX_TOKENS = 128  # of a source, and of a target; longer ones are cut, and the log says how many
 BATCH_SIZE = 64
 
 
@@ -204,8 +226,10 @@ def read(settings):
     settings or data that cannot be used.
     Here an example is (source, target).
     """
-    if settings.epochs < 1 or settings.seconds < 0 or settings.seed < 0:
-        raise UserError("--epochs has to be 1 or more, --seconds and --seed 0 or more")
+    if settings.base_model and importlib.util.find_spec("transformers"):
+        load_base(settings)  # what it refuses is known before any work
+    if not settings.base_model and (settings.source_language or settings.target_language):
+        raise UserError("a language needs a --base-model that knows it; or change TASK and PREFIX")
     if not settings.data:
         return demo_pairs()
     return read_pairs(settings.data)
@@ -235,9 +259,23 @@ def key(example):
     """Return a text: examples with the same key never stand on both sides of the split."""
     # Here the letters and digits of the source: "Hello!" and "hello" are one sentence.
     source, _ = example
-    text = unicodedata.normalize("NFKC", source).casefold()
-    words = "".join(character if character.isalnum() else " " for character in text).split()
-    return " ".join(words) or source
+    text = "".join(character for character in source if not is_unseen(character))
+    text = unicodedata.normalize("NFKC", text).casefold()
+    text = unicodedata.normalize("NFKC", text)  # as some lower case letters are two characters
+    words = "".join(character if is_of_word(character) else " " for character in text).split()
+    return " ".join(words) or text.strip() or source
+
+
+def is_unseen(character):
+    """Return True for a soft hyphen, joiner, mark of direction, variation selector and so on."""
+    name = unicodedata.name(character, "")
+    others = re.search("VARIATION SELECTOR|GRAPHEME JOINER|HANGUL.* FILLER|INHERENT", name)
+    return unicodedata.category(character) == "Cf" or bool(others)
+
+
+def is_of_word(character):
+    """Return True for letters, for marks on them such as vowels of Hindi and Thai, and digits."""
+    return unicodedata.category(character)[0] in "LMN"
 
 
 def new_model(examples, settings):
@@ -249,7 +287,7 @@ def new_model(examples, settings):
     transformers = import_transformers()
     transformers.set_seed(settings.seed)
     if settings.base_model:
-        return load(settings.base_model)
+        return load_base(settings)
     tokenizer = new_tokenizer(examples)
     config = transformers.T5Config(
         vocab_size=len(tokenizer),
@@ -260,8 +298,88 @@ def new_model(examples, settings):
         num_heads=4,
         dropout_rate=0.0,
         decoder_start_token_id=tokenizer.pad_token_id,
+        task_specific_params={TASK: {"prefix": PREFIX}},
     )
     return transformers.T5ForConditionalGeneration(config), tokenizer
+
+
+def load_base(settings):
+    """Return --base-model, told its languages."""
+    network, tokenizer = load(settings.base_model)
+    task = TASK
+    if settings.source_language and settings.target_language:
+        task = f"translation_{settings.source_language}_to_{settings.target_language}"
+    prefix = set_languages(network, tokenizer, settings)
+    network.config.task_specific_params = {task: {"prefix": prefix}}
+    # How long its texts had to be, and whether a word may come twice, was for its old task.
+    network.generation_config.min_length = 0
+    network.generation_config.no_repeat_ngram_size = 0
+    return network, tokenizer
+
+
+def set_languages(network, tokenizer, settings):
+    """Tell a base of many languages which to use; return what goes before each source."""
+    source = settings.source_language
+    target = settings.target_language
+    if hasattr(tokenizer, "src_lang"):
+        known = languages_of(tokenizer)
+        saved = tokenizer.init_kwargs
+        source = source or saved.get("src_lang")
+        target = target or saved.get("tgt_lang")
+        tokenizer.src_lang = known_language("--source-language", source, known)
+        tokenizer.tgt_lang = known_language("--target-language", target, known)
+        start_with_language(network, tokenizer)
+        return ""
+    tags = tags_of(tokenizer)
+    if tags:
+        own = getattr(network.config, "task_specific_params", None)
+        if own and not target:
+            return prefix_of(network)  # of a model that this flow has trained
+        return tags[known_language("--target-language", target, tags)] + " "
+    if source or target:
+        raise UserError(
+            f"{settings.base_model} has no languages to choose from: leave out --source-language "
+            "and --target-language, and say in TASK and PREFIX what it does"
+        )
+    return PREFIX if "t5" in network.config.model_type else ""
+
+
+def languages_of(tokenizer):
+    """Return the codes that mBART (fr_XX), M2M100 (fr) or NLLB (fra_Latn) knows."""
+    codes = getattr(tokenizer, "lang_code_to_id", None)
+    return codes or [token for token in tokenizer.all_special_tokens if "_" in token]
+
+
+def tags_of(tokenizer):
+    """Return {code: token} of a MADLAD ("<2fr>") or a Marian (">>fra<<") with many languages."""
+    tags = {}
+    for token in tokenizer.get_vocab():
+        found = re.fullmatch(r"<2([a-z]\w+)>|>>([a-z]\w+)<<", token)
+        if found:
+            tags[found[1] or found[2]] = token
+    return tags
+
+
+def known_language(option, code, known):
+    """Return the code of a language; UserError if the base does not know it."""
+    if code in known:
+        return code
+    start = (code or "en")[:2]
+    alike_first = sorted(known, key=lambda name: (not name.startswith(start), name))
+    some = ", ".join(alike_first[:8])
+    raise UserError(f"{option} {code or 'is missing'}: the base knows {len(known)}, such as {some}")
+
+
+def start_with_language(network, tokenizer):
+    """Let each translation begin with the token of its language, as the targets do."""
+    first, *_, last = tokenizer(text_target="")["input_ids"]
+    generation = network.generation_config
+    if first == tokenizer.eos_token_id:  # mBART: it ends a text, and is where the next one starts
+        network.config.decoder_start_token_id = last
+        generation.decoder_start_token_id = last
+        generation.forced_bos_token_id = None
+    else:
+        generation.forced_bos_token_id = first
 
 
 def new_tokenizer(examples):
@@ -302,6 +420,10 @@ def fit(model, examples, settings, folder, save_checkpoint, log):
     begin = time.monotonic()
 
     class Callback(transformers.TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            if state.global_step >= state.max_steps:
+                print("the checkpoint is of a finished training, and is used: `run` trains anew")
+
         def on_step_end(self, args, state, control, **kwargs):
             if settings.seconds and time.monotonic() - begin > settings.seconds:
                 control.should_training_stop = True
@@ -313,13 +435,9 @@ def fit(model, examples, settings, folder, save_checkpoint, log):
             numbers = {f"train/{name}": value for name, value in logs.items()}
             log({**numbers, "train/global_step": state.global_step})
 
-    def collate(pairs):
-        sources, targets = zip(*pairs)
-        batch = tokenize(tokenizer, sources, targets)
-        padding = batch["labels"] == tokenizer.pad_token_id
-        batch["labels"] = batch["labels"].masked_fill(padding, -100)  # -100: not part of the loss
-        return batch
-
+    sources, targets = zip(*examples)
+    pairs = zip(encode(model, sources), encode(model, targets, "text_target"))
+    data = [{"input_ids": source, "labels": target} for source, target in pairs]
     arguments = transformers.TrainingArguments(
         output_dir=folder,
         num_train_epochs=settings.epochs,
@@ -336,7 +454,11 @@ def fit(model, examples, settings, folder, save_checkpoint, log):
         report_to="none",
     )
     trainer = transformers.Trainer(
-        network, arguments, train_dataset=examples, data_collator=collate, callbacks=[Callback]
+        network,
+        arguments,
+        data_collator=transformers.DataCollatorForSeq2Seq(tokenizer),
+        train_dataset=data,
+        callbacks=[Callback],
     )
     trainer.train(resume_from_checkpoint=any(Path(folder).glob("checkpoint-*")))
     return [
@@ -346,27 +468,64 @@ def fit(model, examples, settings, folder, save_checkpoint, log):
     ]
 
 
-def tokenize(tokenizer, sources, targets=None):
-    """Return tensors. Text is text, as where the model is served: "</s>" in it ends nothing."""
-    return tokenizer(
-        [PREFIX + source for source in sources],
-        text_target=targets,
-        split_special_tokens=True,
-        truncation=True,
-        max_length=MAX_TOKENS,
-        padding=True,
-        return_tensors="pt",
-    )
+def prefix_of(network):
+    """Return what goes before each source: it tells the network its task."""
+    tasks = network.config.task_specific_params
+    return next(iter(tasks.values()))["prefix"]
+
+
+def max_tokens(network):
+    """Return how many tokens of a text the network gets."""
+    positions = getattr(network.config, "max_position_embeddings", None)
+    return min(MAX_TOKENS, positions or MAX_TOKENS)
+
+
+def encode(model, texts, kind="text"):
+    """Return the tokens of each text, as the server makes them; `kind` is "text_target" of targets.
+
+    A special token is one in the prefix. In a text it is text: "</s>" ends nothing.
+    """
+    network, tokenizer = model
+    limit = max_tokens(network)
+    prefix = prefix_of(network) if kind == "text" else ""
+    marks = {*tokenizer.all_special_tokens, *tags_of(tokenizer).values()} - {tokenizer.unk_token}
+
+    def tokens_of(text, **options):
+        options = {"add_special_tokens": False, "split_special_tokens": True, **options}
+        return tokenizer(**{kind: text}, verbose=False, **options)["input_ids"]
+
+    end = max([prefix.rfind(mark) + len(mark) for mark in marks if mark in prefix], default=0)
+    letter = tokens_of("a")
+    framed = tokens_of("a", add_special_tokens=True)
+    start = framed.index(letter[0])
+    before = framed[:start] + tokens_of(prefix[:end], split_special_tokens=False)
+    after = framed[start + len(letter) :]
+    as_text = {}  # the tokenizer of a T5, for one, finds special tokens in a text
+    for mark in marks:
+        number = tokens_of(mark, split_special_tokens=False)[-1]
+        as_text[number] = tokens_of(f"{mark[0]} {mark[1:]}")
+    found = []
+    cut = 0
+    for tokens in tokens_of([prefix[end:] + text for text in texts]):
+        parts = [as_text.get(token, [token]) for token in tokens]
+        tokens = [*before, *itertools.chain.from_iterable(parts)]
+        cut += len(tokens) + len(after) > limit
+        found.append(tokens[: limit - len(after)] + after)
+    if cut:
+        print(
+            f"{cut} of {len(texts)} {'sources' if kind == 'text' else 'targets'} are cut to {limit}"
+            " tokens: split them into sentences, or raise MAX_TOKENS if the model can take more"
+        )
+    return found
 
 
 def save(model, folder):
     """Write all that serving needs into an empty folder. These files become `model/`."""
     network, tokenizer = model
-    # The server reads the prefix and the limits where transformers keeps them.
-    network.config.task_specific_params = {TASK: {"prefix": PREFIX}}
+    # The server reads the limits where transformers keeps them, and the prefix in the config.
     network.generation_config.max_length = None
-    network.generation_config.max_new_tokens = MAX_TOKENS
-    tokenizer.model_max_length = MAX_TOKENS
+    network.generation_config.max_new_tokens = max_tokens(network)
+    tokenizer.model_max_length = max_tokens(network)
     tokenizer("")  # resets padding and truncation, which would be saved too
     network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -375,14 +534,45 @@ def save(model, folder):
 def load(folder):
     """Return the model that `save` wrote, as `new_model` does."""
     # Here also one from the hub.
-    transformers = import_transformers()
     try:
-        # However the weights are stored, they are trained in float32.
-        network = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype="float32")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except (ImportError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"no model at {folder}: {reason}") from None
+        return load_whole(folder)
+    except Exception as error:  # no such folder, a broken file, a missing package, ...
+        reason = " ".join(str(error).split()) or repr(error)
+        raise UserError(f"no usable model at {folder}: {reason[:300]}") from None
+
+
+def load_whole(folder):
+    """Return (network, tokenizer), of which transformers had to make up nothing."""
+    transformers = import_transformers()
+    refuse_broken_folder(Path(folder))
+    safe = {"trust_remote_code": False}  # or it asks whether to run code of the base
+    config = transformers.AutoConfig.from_pretrained(folder, **safe)
+    if not config.is_encoder_decoder:
+        raise ValueError(f"{config.model_type} is no sequence-to-sequence model, as T5 or BART is")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **safe)
+    except Exception:
+        if importlib.util.find_spec("sentencepiece"):
+            raise
+        raise ValueError("its tokenizer needs a package: pip install sentencepiece") from None
+    network, report = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+        folder,
+        dtype="float32",  # is trained in it, however the weights are stored
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **safe,
+    )
+    unset = report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
+    wrong = sorted(unset & dict(network.named_parameters()).keys())
+    if wrong:
+        raise ValueError(f"{len(wrong)} weights are missing or have another size: {wrong[0]}")
+    special = set(tokenizer.all_special_tokens)
+    words = [number for token, number in tokenizer.get_vocab().items() if token not in special]
+    if len(words) < 2:
+        raise ValueError("its tokenizer has no vocabulary: a file is missing")
+    size = network.get_input_embeddings().num_embeddings
+    if max(words) >= size:
+        raise ValueError(f"its tokenizer has {max(words) + 1} tokens, its weights have {size}")
     # Marian's positions are fixed and not saved, but transformers 5.24 would train them.
     unsaved = network._keys_to_ignore_on_save or []
     for name, parameter in network.named_parameters():
@@ -390,17 +580,32 @@ def load(folder):
     return network, tokenizer
 
 
+def refuse_broken_folder(folder):
+    """Raise ValueError for what transformers would report as something else."""
+    if folder.is_file():
+        raise ValueError("this is a file; name the folder that it is in")
+    files = [file for file in folder.glob("*") if file.is_file()]
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise ValueError("there is no config.json")
+    for file in files:
+        small = file.stat().st_size < 1000
+        if small and file.read_bytes().startswith(b"version https://git-lfs"):
+            raise ValueError(f"{file.name} only stands for a file: run `git lfs pull` there")
+
+
 def predict(model, examples):
     """Return one output for each example, as the server would."""
     # Here the greedy translation.
     network, tokenizer = model
+    network.eval()
+    sources = encode(model, [source for source, _ in examples])
     outputs = []
-    for start in range(0, len(examples), BATCH_SIZE):
-        sources = [source for source, _ in examples[start : start + BATCH_SIZE]]
-        inputs = tokenize(tokenizer, sources).to(network.device)
+    for start in range(0, len(sources), BATCH_SIZE):
+        batch = {"input_ids": sources[start : start + BATCH_SIZE]}
+        inputs = tokenizer.pad(batch, return_tensors="pt").to(network.device)
         tokens = network.generate(
             **inputs,
-            max_new_tokens=MAX_TOKENS,
+            max_new_tokens=max_tokens(network),
             do_sample=False,
             num_beams=1,
             forced_eos_token_id=None,
@@ -512,6 +717,15 @@ def user_errors_in_one_line():
         raise MetaflowException(str(error)) from None
 
 
+def require_limits(settings):
+    """Fail if a parameter is out of its LIMITS."""
+    for name, (least, most) in LIMITS.items():
+        value = getattr(settings, name, least)
+        if not least <= value <= most:  # NaN is never
+            option = name.replace("_", "-")
+            raise MetaflowException(f"--{option} has to be from {least} to {most}, not {value}")
+
+
 def split(examples):
     """Return (training, held_out), about 9:1. A key never changes sides, even when data grows."""
     hashes = [sha256(key(example)) for example in examples]
@@ -575,7 +789,7 @@ def restore_checkpoint():
     if not current.origin_run_id:
         return
     this_task = os.environ["METAFLOW_CHECKPOINT_TASK_IDENTIFIER"]  # tells tasks of a foreach apart
-    metaflow.namespace(None)  # the run may be somebody else's
+    metaflow.namespace(None)  # the run may be somebody else's, or a scheduled one
     try:
         tasks = list(Step(f"{current.flow_name}/{current.origin_run_id}/train"))
     except MetaflowNotFound:
@@ -584,6 +798,7 @@ def restore_checkpoint():
         for saved in Checkpoint().list(task=task)[:1]:
             if this_task in saved["key"]:
                 Checkpoint().load(saved, current.checkpoint.directory)
+                print("continuing from the last checkpoint of run", current.origin_run_id)
 
 
 def require_wandb():
@@ -607,9 +822,6 @@ def wandb_run(flow):
         os.environ["WANDB_MODE"] = "offline"  # set before the import, it makes no request at all
     else:
         require_wandb()
-    os.environ["WANDB_ERROR_REPORTING"] = "false"  # saves 20 s if W&B cannot be reached
-    import wandb
-
     config = {
         **vars(settings_of(flow)),
         "examples": len(flow.training),
@@ -621,28 +833,77 @@ def wandb_run(flow):
         "id": "-".join([*path, current.task_id]),
         "name": "/".join(path[1:]),
         "group": "/".join(path[:2]),
-        "tags": path,
+        "tags": [part[:64] for part in path],  # W&B accepts no longer ones
         "resume": "allow",
         "config": config,
-        "settings": wandb.Settings(init_timeout=15, finish_timeout=15, console="off", silent=True),
     }
-    try:
-        run = wandb.init(**options)
-    except wandb.Error as error:
-        print(f"W&B cannot be reached, continuing offline: {' '.join(str(error).split())}")
-        wandb.teardown()  # forgets the failed run and its mode
-        os.environ["WANDB_MODE"] = "offline"
-        run = wandb.init(**options)
+    run = start_wandb(options)
     print("W&B mode:", mode_of(run))
     exit_code = 1
     try:
         yield run
         exit_code = 0
     finally:
-        run.finish(exit_code=exit_code)
+        try:
+            run.finish(exit_code=exit_code)
+        except Exception as error:
+            print("W&B has not finished:", in_one_line(error))
         if not run.disabled:
             option = "" if run.offline else "--include-online"
             print("Upload what W&B is missing: wandb sync", run.sync_dir, option)
+
+
+def start_wandb(options):
+    """Return a W&B run: as the user wants it, or as near to that as W&B accepts."""
+    try:
+        return init_wandb(options)
+    except Exception as error:  # of wandb, of pydantic, of the file system, ...
+        reason = in_one_line(error)
+    os.environ["WANDB_MODE"] = "offline"
+    with contextlib.suppress(Exception):
+        run = init_wandb(options)
+        print("W&B cannot be reached, continuing offline:", reason)
+        return run
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        del os.environ[name]
+    os.environ["WANDB_MODE"] = "offline"
+    with contextlib.suppress(Exception):
+        run = init_wandb(options)
+        print("W&B refuses its settings, continuing offline without them:", reason)
+        return run
+    print("W&B cannot start, continuing without it:", reason)
+    return Untracked()
+
+
+class Untracked:
+    """A W&B run that keeps nothing."""
+
+    disabled = True
+
+    def __init__(self):
+        self.summary = {}
+
+    def log(self, numbers):
+        pass
+
+    def finish(self, exit_code):
+        pass
+
+
+def init_wandb(options):
+    """Return a W&B run that prints nothing and does not wait for long."""
+    os.environ["WANDB_ERROR_REPORTING"] = "false"  # saves 20 s if W&B cannot be reached
+    import wandb
+
+    wandb.teardown()  # forgets a run that failed, and its mode
+    settings = wandb.Settings(init_timeout=15, finish_timeout=15, console="off", silent=True)
+    return wandb.init(**options, settings=settings)
+
+
+def in_one_line(error):
+    """Return the message of an error without line breaks, and without the value it is about."""
+    message = " ".join(str(error).split()) or repr(error)
+    return message.partition(" [type=")[0]  # pydantic quotes it, and it may be secret
 
 
 def mode_of(run):
@@ -654,8 +915,16 @@ def mode_of(run):
 
 def settings_of(flow):
     """Return the parameters of a run as the attributes of an object."""
-    names = [name for name in current.parameter_names if name != "requirements"]  # a Config
-    return SimpleNamespace(**{name: getattr(flow, name) for name in names})
+    settings = SimpleNamespace()
+    for name in current.parameter_names:
+        if name == "requirements":
+            continue  # a Config
+        try:
+            value = getattr(flow, name)
+        except KeyError:  # the run that is resumed did not have it yet
+            value = vars(Settings)[name].kwargs["default"]
+        setattr(settings, name, value)
+    return settings
 
 
 def add_training_card(run, losses):

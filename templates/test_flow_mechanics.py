@@ -70,6 +70,8 @@ def fit(model, examples, settings, folder, save_checkpoint, log):
     while model["step"] < 10:
         if not checkpoints and str(model["step"]) == os.environ.get("TOY_DIES_AFTER"):
             os.kill(os.getpid(), signal.SIGKILL)
+        if str(model["step"]) == os.environ.get("TOY_DIES_AT"):
+            os.kill(os.getpid(), signal.SIGKILL)
         model["numbers"].update(examples[model["step"] :: 10])
         model["step"] += 1
         loss = 1 - len(model["numbers"]) / len(examples)
@@ -379,6 +381,28 @@ def test_tracking_without_a_key_is_one_line(missing, run_toy):
     assert "/train/" not in output, output
 
 
+@pytest.mark.parametrize("offline", ["True", "False"])
+def test_a_project_that_wandb_refuses_is_one_line(offline, run_toy):
+    environment = {
+        "WANDB_PROJECT": "my-team/translator",
+        "WANDB_API_KEY": "x" * 40,
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "WANDB_MODE": "",
+    }
+    code, output = run_toy(command=("run", "--offline", offline), **environment)
+    assert_finishes(code, output, ALL_STEPS)
+    assert "Traceback" not in output, output
+    refused = "W&B refuses its settings, continuing offline without them: Invalid project name"
+    assert output.count(refused) == 2, output  # train and evaluate
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_minimum_that_nothing_exceeds_is_one_line(value, run_toy):
+    code, output = run_toy("--minimum", value)
+    assert_fails_in_one_line(code, output, "--minimum has to be from ")
+    assert "/prepare/" not in output, output
+
+
 # -- The gate --------------------------------------------------------------------------------------
 
 NAN = math.nan
@@ -538,6 +562,30 @@ def test_resume_continues_the_run_of_another_user(break_toy, resume_toy):
     broken = break_toy(METAFLOW_USER="somebody")
     run_id = re.search(r"run-id (\d+)", broken)[1]
     code, output = resume_toy("--origin-run-id", run_id, METAFLOW_USER="another")
+    assert_finishes(code, output, REMAINING_STEPS)
+    assert f"continuing from the last checkpoint of run {run_id}" in output
+
+
+def test_resume_of_a_resume_continues_from_its_checkpoint(break_toy, resume_toy):
+    break_toy()
+    code, output = resume_toy(TOY_DIES_AT="7")
+    assert code != 0, output
+    assert toy_steps(output) == [5, 6, 7], output
+    run_id = re.search(r"run-id (\d+)", output)[1]
+    code, output = resume_toy("--origin-run-id", run_id)
+    assert_finishes(code, output, [8, 9, 10])
+
+
+def test_resume_of_a_run_that_is_older_than_a_parameter(
+    break_toy, toy_flow, tmp_path_factory, tmp_path
+):
+    break_toy()
+    line = '    newest = Parameter("newest", type=int, default=3, help="came with an update")\n'
+    text = toy_flow.read_text("utf-8")
+    first = re.search(r"^    \w+ = Parameter\(", text, re.MULTILINE).start()
+    newer = tmp_path_factory.mktemp("newer") / FLOW.name
+    newer.write_text(text[:first] + line + text[first:], "utf-8")
+    code, output = run(tmp_path, command=("resume",), flow=newer, WANDB_MODE="disabled")
     assert_finishes(code, output, REMAINING_STEPS)
 
 

@@ -170,12 +170,18 @@ def test_good_data_is_read_as_it_stands(tmp_path):
     [
         ("--data nowhere.tsv", "nowhere.tsv: No such file or directory"),
         ("--data .", "Is a directory"),
-        ("--epochs 0", "--epochs has to be 1 or more"),
+        ("--epochs 0", "--epochs has to be from 1 to 1000000, not 0"),
         ("--epochs many", "many is not a valid integer"),
-        ("--seconds -1", "--seconds"),
-        ("--seed -1", "--seed"),
+        ("--seconds -1", "--seconds has to be from 0"),
+        ("--seconds nan", "--seconds has to be from 0"),
+        ("--seed -1", "--seed has to be from 0 to 4294967295, not -1"),
+        ("--seed 4294967296", "--seed has to be from 0 to 4294967295, not 4294967296"),
+        ("--learning-rate 0", "--learning-rate has to be from"),
+        ("--tuning-rate inf", "--tuning-rate has to be from"),
+        ("--minimum nan", "--minimum has to be from"),
+        ("--target-language fr", "a language needs a --base-model"),
         ("--offline maybe", "maybe is not a valid boolean"),
-        ("--base-model ./nowhere --epochs 1", "no model at ./nowhere"),
+        ("--base-model ./nowhere --epochs 1", "no usable model at ./nowhere"),
     ],
 )
 def test_mistakes_get_one_line(arguments, expected, tmp_path):
