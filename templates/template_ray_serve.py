@@ -37,6 +37,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 # YOUR CODE: imports
 import re
 import unicodedata
+import warnings
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from typing import Annotated, Literal, NamedTuple
@@ -251,13 +252,13 @@ class Model:
         elif tags:
             prefix = with_tag(prefix, tags, target)
         elif target and prefix and settings.prefix is None:
-            known = [languages_of(name)[1] for name in tasks]
+            known = {languages_of(name)[1] for name in tasks}
             require_language("target_language", two_letters(target), known)
         self.use_prefix(prefix, tags)
         task_source, task_target = languages_of(task)
-        source = source or getattr(self.tokenizer, "source_lang", None) or task_source
-        target = target or getattr(self.tokenizer, "target_lang", None) or task_target
-        self.language = two_letters(source)
+        source = source or getattr(self.tokenizer, "source_lang", "") or task_source
+        target = target or getattr(self.tokenizer, "target_lang", "") or task_target
+        self.language = two_letters(source or "en")
         self.spaces = two_letters(target) not in UNSPACED
 
     def use_source_code(self, codes: dict[str, int], code: str) -> str:
@@ -295,8 +296,8 @@ class Model:
         for token in [*tokenizer.all_special_tokens, *tags.values()]:
             if token in prefix:
                 end = max(end, prefix.rfind(token) + len(token))
-            if token != tokenizer.unk_token:
-                number = tokenizer.convert_tokens_to_ids(token)
+            number = tokenizer.convert_tokens_to_ids(token)
+            if number != tokenizer.unk_token_id:
                 apart = token[0] + " " + token[1:]
                 self.as_text[number] = self.tokens_of(apart)
         # One letter, and the same with what the tokenizer puts before and behind a text.
@@ -311,8 +312,8 @@ class Model:
 
     def tokens_of(self, text: str) -> list[int]:
         """Return the tokens of a text alone. Some tokenizers still find "</s>" in it."""
-        options = {"add_special_tokens": False, "split_special_tokens": True}
-        return self.tokenizer(text, **options)["input_ids"]
+        alone = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        return alone["input_ids"]
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of prefix and text. Text is text: "</s>" in it ends nothing."""
@@ -500,10 +501,10 @@ def goes_on(sentence: str, following: str, language: str) -> bool:
 
 
 def load_network(name: str, revision: str | None, dtype: str) -> Any:
-    """Return the network; ValueError if it does not translate, or lacks weights."""
+    """Return the network; ValueError if it is of another kind, or lacks weights."""
     config = transformers.AutoConfig.from_pretrained(name, revision=revision)
     if not config.is_encoder_decoder:
-        raise ValueError(f"a {config.model_type} cannot translate: it has no encoder and decoder")
+        raise ValueError(f"a {config.model_type} has no encoder and decoder, as a T5 has")
     network, report = transformers.AutoModelForSeq2SeqLM.from_pretrained(
         name,
         revision=revision,
@@ -519,17 +520,19 @@ def load_network(name: str, revision: str | None, dtype: str) -> Any:
 def load_tokenizer(name: str, revision: str | None) -> Any:
     """Return the tokenizer; ValueError names the package that it may need."""
     try:
-        return transformers.AutoTokenizer.from_pretrained(name, revision=revision)
+        with warnings.catch_warnings(action="ignore"):  # of a package that Marian does not use
+            return transformers.AutoTokenizer.from_pretrained(name, revision=revision)
     except Exception as error:
+        problem = "its tokenizer cannot be loaded"
         if not find_spec("sentencepiece"):
-            raise ValueError("its tokenizer needs the package sentencepiece") from None
-        lines = str(error).splitlines() or [repr(error)]
-        raise ValueError(f"its tokenizer cannot be loaded: {lines[0]}") from None
+            problem += " without the package sentencepiece"
+        reason = str(error) or repr(error)
+        raise ValueError(f"{problem}: {reason.strip()}") from None
 
 
 def limits_of(config: dict[str, Any]) -> dict[str, int]:
     """Return {setting: the most that the model can take}, from its config.json."""
-    both = config.get("max_position_embeddings", 4096)  # a T5 has no limit
+    both = config.get("max_position_embeddings") or 4096  # a T5 has no limit
     return {
         "max_sentence_tokens": config.get("max_encoder_position_embeddings", both),
         "max_new_tokens": config.get("max_decoder_position_embeddings", both),
@@ -558,15 +561,17 @@ def languages_of(task: str) -> tuple[str, str]:
 
 
 def choose_task(tasks: dict[str, Any], source: str, target: str) -> str:
-    """Return the name of the task that fits the languages best, or "" if there is none."""
-    if HUB_TASK in tasks and not target:
+    """Return the name of the task for these languages, or of the first; "" if there is none."""
+    target = two_letters(target)
+    for task in tasks:
+        if languages_of(task) == (two_letters(source), target):
+            return task
+    for task in tasks:
+        if target and target == languages_of(task)[1]:
+            return task
+    if HUB_TASK in tasks:
         return HUB_TASK
-
-    def fits(task: str) -> tuple[bool, bool]:
-        task_source, task_target = languages_of(task)
-        return task_target == two_letters(target), task_source == two_letters(source)
-
-    return max(tasks, key=fits, default="")
+    return next(iter(tasks), "")
 
 
 def codes_of(tokenizer: Any) -> dict[str, int]:
@@ -605,7 +610,7 @@ def require_language(name: str, language: str, known: Iterable[str]) -> None:
     if language in known:
         return
     problem = "the model needs one"
-    codes = sorted(known)
+    codes = sorted(filter(None, known))
     if language:
         problem = f"the model does not know {language!r}"
         similar = [code for code in codes if code[:2] == language[:2]]

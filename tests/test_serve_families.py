@@ -570,20 +570,21 @@ def test_what_cannot_work_is_refused_in_one_line(folders, tmp_path):
     gpt = tmp_path / "gpt"
     config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)
     transformers.GPT2LMHeadModel(config).save_pretrained(gpt)
-    assert "a gpt2 cannot translate: it has no encoder and decoder" in refused(gpt)
+    assert "a gpt2 has no encoder and decoder" in refused(gpt)
 
-    lessons = {
-        "no vocabulary": ("T5", "spiece.model", None),
-        "cannot be loaded": ("M2M100", "sentencepiece.bpe.model", None),
-        "tokens, of which the model knows": ("T5", "spiece.model", "MADLAD-400"),
-    }
-    for number, (message, (name, file, other)) in enumerate(lessons.items()):
-        folder = shutil.copytree(folders[name], tmp_path / str(number))
+    for name, file, message in (
+        ("T5", "spiece.model", "its tokenizer has no vocabulary"),
+        ("M2M100", "sentencepiece.bpe.model", "its tokenizer cannot be loaded"),
+    ):
+        folder = shutil.copytree(folders[name], tmp_path / name)
         (folder / file).unlink()
-        if other:
-            train_pieces(folder / file, **T5_PIECES, vocab_size=290)
         _, settings = next(iter(FAMILIES[name][2].values()))
         assert message in refused(folder, **settings)
+
+    folder = shutil.copytree(folders["mT5"], tmp_path / "mT5")
+    marks = [f"<{number}>" for number in range(100)]
+    train_pieces(folder / "spiece.model", **T5_PIECES, user_defined_symbols=marks, vocab_size=300)
+    assert "tokens, of which the model knows" in refused(folder)
 
     folder = shutil.copytree(folders["BART"], tmp_path / "weights")
     weights = transformers.BartForConditionalGeneration.from_pretrained(folder).state_dict()
@@ -611,7 +612,10 @@ def test_a_missing_package_is_named(folders, name, tmp_path):
         capture_output=True,
     )
     assert done.returncode == 1
-    assert "(its tokenizer needs the package sentencepiece)" in done.stderr.splitlines()[-1]
+    assert (
+        "(its tokenizer cannot be loaded without the package sentencepiece: "
+        in done.stderr.splitlines()[-1]
+    )
 
 
 # -- The page --------------------------------------------------------------------------------------
