@@ -35,13 +35,16 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 # isort: split
 # YOUR CODE: imports
+import re
 import unicodedata
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from typing import Annotated, Literal, NamedTuple
 
 import torch
+import transformers
 from sentencex import segment
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 # -- 1. Settings -----------------------------------------------------------------------------------
 # YOUR CODE: settings
@@ -64,10 +67,12 @@ class Settings(BaseModel):
     # Of the translator.
     revision: str | None = Field(None, description="Commit of a hub model: its files can change")
     prefix: str | None = Field(None, description="Before each sentence; default: the model's own")
-    language: str = Field("", description="Of the texts, such as en; default: the model's own")
+    source_language: str = Field("", description="Of the texts; default: the model's own")
+    target_language: str = Field("", description="Of the answers; default: the model's own")
     precision: Literal["float32", "bfloat16", "int8"] = Field(
         "float32", description="The others are faster"
     )
+    num_beams: int = Field(1, ge=1, le=64, description="More are slower, and often better")
     max_sentence_tokens: int | None = Field(
         None, ge=16, le=4096, description="A longer sentence is cut; default: as in training"
     )
@@ -78,6 +83,15 @@ class Settings(BaseModel):
         description="Longest translation of a sentence; default: as in training",
     )
     max_request_tokens: int = Field(10_000, ge=1, description="A longer request gets 413")
+
+    @model_validator(mode="after")
+    def fit_the_model(self) -> "Settings":
+        """Refuse a limit that the model cannot take, if its folder is on this machine."""
+        folder = self.model or Path(__file__).with_name("model")
+        file = Path(folder, "config.json")
+        with contextlib.suppress(OSError, AttributeError, json.JSONDecodeError):
+            check_limits(self, json.loads(file.read_text("utf-8")))
+        return self
 
     @model_validator(mode="wrap")
     @classmethod
@@ -98,7 +112,35 @@ class Settings(BaseModel):
 
 HUB_MODEL = "google-t5/t5-small"  # served when there is no `model/`
 HUB_REVISION = "df1b051c49625cf57a3d0d8d3863ed4cc13564fe"
-HUB_TASK = "translation_en_to_fr"  # which of its tasks
+HUB_TASK = "translation_en_to_fr"  # which of its tasks, unless the languages are set
+
+# What is kept of the generation_config.json of a model: not forced_eos_token_id, which hides a cut,
+# nor what draws at random, returns several translations, or makes generate() warn in each call.
+GENERATION = (
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "bos_token_id",
+    "decoder_start_token_id",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "eos_token_id",
+    "forced_bos_token_id",
+    "length_penalty",
+    "max_new_tokens",
+    "min_length",
+    "no_repeat_ngram_size",
+    "pad_token_id",
+    "repetition_penalty",
+    "suppress_tokens",
+)
+
+# Languages for which sentencex has rules, as NLLB and Marian name them and as sentencex does.
+CODES = "amh:am ara:ar arb:ar ben:bn bul:bg cat:ca ces:cs cmn:zh dan:da deu:de ell:el eng:en fin:fi"
+CODES += " fra:fr guj:gu hin:hi hye:hy ita:it jpn:ja kan:kn kaz:kk mal:ml mar:mr mya:my nld:nl"
+CODES += " pan:pa pol:pl por:pt rus:ru slk:sk spa:es tam:ta tel:te ukr:uk yue:zh zho:zh"
+TWO_LETTERS = dict(pair.split(":") for pair in CODES.split())
+ORDINALS = ("cs", "da", "de", "et", "fi", "hr", "hu", "nb", "no", "pl", "sk", "sl", "tr")  # "2."
+UNSPACED = ("ja", "zh")  # no space between sentences
 
 
 class ModelRequest(BaseModel):
@@ -151,42 +193,154 @@ class Model:
         the replica has. Runs on the thread that calls the model later.
         """
         torch.set_num_threads(threads)
+        transformers.logging.set_verbosity_error()  # the log is JSON
+        transformers.logging.disable_progress_bar()
         revision = settings.revision
         if not name:
             name, revision = HUB_MODEL, HUB_REVISION
         dtype = "bfloat16" if settings.precision == "bfloat16" else "float32"
-        self.tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        self.model = AutoModelForSeq2SeqLM.from_pretrained(name, revision=revision, dtype=dtype)
-        self.model.eval()
-        self.read_settings(settings)
+        self.model = load_network(name, revision, dtype)
+        self.tokenizer = load_tokenizer(name, revision)
+        self.check_vocabulary()
+        self.read_generation(settings)
+        self.read_languages(settings)
+        self.read_limits(settings)
         if settings.precision == "int8":  # weights now, activations in each call
             layers = {torch.nn.Linear}
             self.model = torch.ao.quantization.quantize_dynamic(self.model, layers, torch.qint8)
 
-    def read_settings(self, settings: Any) -> None:
-        """Use the model's own files for every setting that is not given."""
+    def check_vocabulary(self) -> None:
+        """Refuse a tokenizer that was made up because its files are missing, or is another's."""
+        vocabulary = self.tokenizer.get_vocab()
+        for token in self.tokenizer.all_special_tokens:
+            vocabulary.pop(token, None)
+        if len(vocabulary) < 2:
+            raise ValueError("its tokenizer has no vocabulary: a file is missing")
+        tokens = max(vocabulary.values()) + 1
+        known = self.model.get_input_embeddings().num_embeddings
+        if tokens > known:
+            raise ValueError(f"its tokenizer has {tokens} tokens, of which the model knows {known}")
+
+    def read_generation(self, settings: Any) -> None:
+        """Generate as the model's own files say, but the likeliest, and one for each sentence."""
+        own = self.model.generation_config
+        generation = transformers.GenerationConfig(num_beams=settings.num_beams)
+        for name in GENERATION:
+            value = getattr(own, name, None)
+            setattr(generation, name, value)
+        if settings.max_new_tokens:
+            generation.max_new_tokens = settings.max_new_tokens
+        if generation.eos_token_id is None:
+            generation.eos_token_id = self.tokenizer.eos_token_id
+        self.ends = torch.tensor(generation.eos_token_id)
+        self.model.generation_config = generation
+
+    def read_languages(self, settings: Any) -> None:
+        """Tell the model its task and languages, in the way that its tokenizer has for them."""
         tasks = getattr(self.model.config, "task_specific_params", None) or {}
-        task = HUB_TASK if HUB_TASK in tasks else next(iter(tasks), "")
+        source = settings.source_language
+        target = settings.target_language
+        task = choose_task(tasks, source, target)
         prefix = tasks.get(task, {}).get("prefix", "")
         if settings.prefix is not None:
             prefix = settings.prefix.lstrip()  # `serve run` cannot pass an empty value: " "
+        codes = codes_of(self.tokenizer)
+        tags = tags_of(self.tokenizer)
+        if codes:
+            source = self.use_source_code(codes, source)
+            target = self.use_target_code(codes, target)
+        elif tags:
+            prefix = with_tag(prefix, tags, target)
+        elif target and prefix and settings.prefix is None:
+            known = {languages_of(name)[1] for name in tasks}
+            require_language("target_language", two_letters(target), known)
+        self.use_prefix(prefix, tags)
+        task_source, task_target = languages_of(task)
+        source = source or getattr(self.tokenizer, "source_lang", "") or task_source
+        target = target or getattr(self.tokenizer, "target_lang", "") or task_target
+        self.language = two_letters(source or "en")
+        self.spaces = two_letters(target) not in UNSPACED
+
+    def use_source_code(self, codes: dict[str, int], code: str) -> str:
+        """Set the source language of a model that has codes: mBART, M2M100, NLLB."""
+        code = code or self.tokenizer.init_kwargs.get("src_lang") or ""
+        require_language("source_language", code, codes)
+        self.tokenizer.src_lang = code
+        return code
+
+    def use_target_code(self, codes: dict[str, int], code: str) -> str:
+        """Set the first token of the answers, by default as training has recorded it."""
+        tokenizer = self.tokenizer
+        generation = self.model.generation_config
+        first = (generation.forced_bos_token_id, generation.decoder_start_token_id)
+        if not code:
+            for known, token in codes.items():
+                if token in first:
+                    return known
+            code = tokenizer.tgt_lang or ""
+        require_language("target_language", code, codes)
+        tokenizer.set_tgt_lang_special_tokens(code)
+        if codes[code] in tokenizer.prefix_tokens:
+            generation.forced_bos_token_id = codes[code]
+        else:  # the first mBART has the language in the place of the start
+            generation.forced_bos_token_id = None
+            generation.decoder_start_token_id = codes[code]
+        tokenizer.set_src_lang_special_tokens(tokenizer.src_lang)
+        return code
+
+    def use_prefix(self, prefix: str, tags: dict[str, str]) -> None:
+        """Prepare `encode`: special tokens are special in the prefix, but not in a text."""
+        tokenizer = self.tokenizer
+        self.as_text: dict[int, list[int]] = {}
+        end = 0  # of the last special token of the prefix
+        for token in [*tokenizer.all_special_tokens, *tags.values()]:
+            if token in prefix:
+                end = max(end, prefix.rfind(token) + len(token))
+            number = tokenizer.convert_tokens_to_ids(token)
+            if number != tokenizer.unk_token_id:
+                apart = token[0] + " " + token[1:]
+                self.as_text[number] = self.tokens_of(apart)
+        # One letter, and the same with what the tokenizer puts before and behind a text.
+        letter = self.tokens_of("a")
+        whole = tokenizer("a")["input_ids"]
+        start = whole.index(letter[0])
+        special = tokenizer(prefix[:end], add_special_tokens=False)["input_ids"]
+        self.begin = whole[:start] + special
+        self.end = whole[start + len(letter) :]
         self.prefix = prefix
-        self.language = settings.language or language_of(task)
-        self.max_sentence_tokens = settings.max_sentence_tokens
-        if self.max_sentence_tokens is None:
-            trained = self.tokenizer.model_max_length  # a huge number if the tokenizer has none
-            self.max_sentence_tokens = trained if trained <= 4096 else 512
-        self.max_new_tokens = settings.max_new_tokens
-        if self.max_new_tokens is None:
-            self.max_new_tokens = self.model.generation_config.max_new_tokens or 256
-        self.max_request_tokens = settings.max_request_tokens
-        if len(self.encode("")) > self.max_sentence_tokens // 2:
-            raise ValueError("prefix: takes more than half of max_sentence_tokens")
+        self.prefix_text = prefix[end:]
+
+    def tokens_of(self, text: str) -> list[int]:
+        """Return the tokens of a text alone. Some tokenizers still find "</s>" in it."""
+        alone = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        return alone["input_ids"]
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of prefix and text. Text is text: "</s>" in it ends nothing."""
-        encoding = self.tokenizer(self.prefix + text, split_special_tokens=True)
-        return encoding["input_ids"]
+        tokens = list(self.begin)
+        for token in self.tokens_of(self.prefix_text + text):
+            if token in self.as_text:
+                tokens += self.as_text[token]
+            else:
+                tokens.append(token)
+        return tokens + self.end
+
+    def read_limits(self, settings: Any) -> None:
+        """Use the model's own files for every limit that is not given."""
+        config = self.model.config.to_dict()
+        check_limits(settings, config)
+        limits = limits_of(config)
+        longest = self.tokenizer.model_max_length  # a huge number if the tokenizer has none
+        if longest > 4096:
+            longest = 512
+        longest = min(longest, limits["max_sentence_tokens"])
+        self.max_sentence_tokens = settings.max_sentence_tokens or longest
+        generation = self.model.generation_config
+        longest = generation.max_new_tokens or 256
+        generation.max_new_tokens = min(longest, limits["max_new_tokens"])
+        self.max_request_tokens = settings.max_request_tokens
+        if len(self.encode("")) > self.max_sentence_tokens // 2:
+            raise ValueError("prefix: takes more than half of max_sentence_tokens")
 
     def plan(self, request: ModelRequest) -> list[Sentence]:
         """Return the inputs of the model for a request, of any type. May raise Refuse.
@@ -208,7 +362,7 @@ class Model:
         found: list[Sentence] = []
         between = ""
         for piece in self.pieces(text):
-            if is_blank(piece):
+            if not has_words(piece):
                 between += piece
                 continue
             start = len(piece) - len(piece.lstrip())
@@ -225,10 +379,15 @@ class Model:
         for line in text.splitlines(keepends=True):
             # sentencex 1.0.32 fails at some white space, such as the no-break one in "A\u00a0.".
             plain = "".join(" " if character.isspace() else character for character in line)
-            end = 0
-            for sentence in segment(self.language, plain):
-                start, end = end, end + len(sentence)
-                yield from self.split_to_fit(line[start:end])
+            plain = plain.replace("។", "।")  # nor does it know the full stop of Khmer
+            sentences = segment(self.language, plain)
+            following = iter([*sentences[1:], ""])
+            start = end = 0
+            for sentence in sentences:
+                end += len(sentence)
+                if not goes_on(sentence, next(following), self.language):
+                    yield from self.split_to_fit(line[start:end])
+                    start = end
 
     def split_to_fit(self, sentence: str) -> list[str]:
         """Return parts of at most max_sentence_tokens, cut at spaces if there are any."""
@@ -256,21 +415,15 @@ class Model:
         token_lists = [sentence.tokens for sentence in sentences]
         batch = self.tokenizer.pad({"input_ids": token_lists}, return_tensors="pt")
         with torch.inference_mode():
-            tokens = self.model.generate(
-                **batch,
-                max_new_tokens=self.max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                forced_eos_token_id=None,  # Marian and BART force one, which hides a cut
-            )
+            tokens = self.model.generate(**batch)
         translations = self.tokenizer.batch_decode(
             tokens,
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,
         )
         generated = tokens[:, 1:]  # behind the start token, which may be the same as the end
-        was_cut = (generated != self.tokenizer.eos_token_id).all(dim=1)
-        return list(zip(translations, was_cut.tolist()))
+        ended = torch.isin(generated, self.ends).any(dim=1)
+        return list(zip(translations, (~ended).tolist()))
 
     def answer(
         self,
@@ -279,14 +432,28 @@ class Model:
         outputs: list[tuple[str, bool]],
     ) -> ModelResponse:
         """Return the answer to a request from the outputs for its inputs, in their order."""
-        texts = [""] * len(texts_of(request))
+        begun: dict[int, str] = {}
         cut_sentences = 0
         for sentence, (translation, was_cut) in zip(inputs, outputs):
-            texts[sentence.text] += sentence.before + translation + sentence.after
+            text = begun.get(sentence.text, "")
+            text += self.gap(text, sentence.before)
+            begun[sentence.text] = text + translation + sentence.after
             cut_sentences += was_cut
+        texts = []
+        for number, text in enumerate(texts_of(request)):
+            without_words = "" if is_blank(text) else text
+            texts.append(begun.get(number, without_words))
         if isinstance(request.text, str):
             return ModelResponse(translation=texts[0], cut_sentences=cut_sentences)
         return ModelResponse(translation=texts, cut_sentences=cut_sentences)
+
+    def gap(self, text: str, between: str) -> str:
+        """Return what goes between a text and its next sentence, as the target language has it."""
+        if not text or between.strip(" \u3000"):
+            return between
+        if not self.spaces or text.endswith(("。", "！", "？")):
+            return ""
+        return between.replace("\u3000", " ") or " "
 
     def same(self, answer: ModelResponse, known: ModelResponse) -> bool:
         """Return True if an answer is the known one: asked at the start for each known answer.
@@ -301,10 +468,9 @@ def texts_of(request: ModelRequest) -> list[str]:
     return [request.text] if isinstance(request.text, str) else request.text
 
 
-def language_of(task: str) -> str:
-    """Return the source language: "en" for "translation_en_to_fr", and if there is none."""
-    words = task.split("_")
-    return words[1] if len(words) > 1 else "en"
+def has_words(text: str) -> bool:
+    """Return True if there is a letter or a digit: something to translate."""
+    return any(character.isalnum() for character in text)
 
 
 def is_blank(text: str) -> bool:
@@ -314,6 +480,143 @@ def is_blank(text: str) -> bool:
         if not (unseen or character.isspace()):
             return False
     return True
+
+
+def goes_on(sentence: str, following: str, language: str) -> bool:
+    """Return True where no sentence ends although sentencex splits, as after "M." or "1."."""
+    if sentence.endswith(("」", "』", "”", "’")):
+        return following[:1].isalpha()  # 「はい。」と言った
+    if not following or not sentence.rstrip().endswith("."):
+        return False
+    *words, last = sentence.split()
+    last = last.rstrip(".")
+    if last.isdigit() and len(last) < 3:
+        return not words or language in ORDINALS  # "1. First", "Der 2. Platz"
+    if sum(map(str.isalpha, last)) == 1:
+        return language != "en"  # "M. Dupont"; sentencex knows what to do with "So do I."
+    return len(last) <= 3 and following[0].islower()  # an abbreviation
+
+
+# -- What the files of a model say -----------------------------------------------------------------
+
+
+def load_network(name: str, revision: str | None, dtype: str) -> Any:
+    """Return the network; ValueError if it is of another kind, or lacks weights."""
+    config = transformers.AutoConfig.from_pretrained(name, revision=revision)
+    if not config.is_encoder_decoder:
+        raise ValueError(f"a {config.model_type} has no encoder and decoder, as a T5 has")
+    network, report = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+        name,
+        revision=revision,
+        dtype=dtype,
+        output_loading_info=True,
+    )
+    for weight, _ in network.named_parameters():
+        if weight in report["missing_keys"]:
+            raise ValueError(f"its files have no weights for {weight}")
+    return network.eval()
+
+
+def load_tokenizer(name: str, revision: str | None) -> Any:
+    """Return the tokenizer; ValueError names the package that it may need."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of a package that Marian does not use
+            return transformers.AutoTokenizer.from_pretrained(name, revision=revision)
+    except Exception as error:
+        problem = "its tokenizer cannot be loaded"
+        if not find_spec("sentencepiece"):
+            problem += " without the package sentencepiece"
+        reason = str(error) or repr(error)
+        raise ValueError(f"{problem}: {reason.strip()}") from None
+
+
+def limits_of(config: dict[str, Any]) -> dict[str, int]:
+    """Return {setting: the most that the model can take}, from its config.json."""
+    both = config.get("max_position_embeddings") or 4096  # a T5 has no limit
+    return {
+        "max_sentence_tokens": config.get("max_encoder_position_embeddings", both),
+        "max_new_tokens": config.get("max_decoder_position_embeddings", both),
+    }
+
+
+def check_limits(settings: Any, config: dict[str, Any]) -> None:
+    """Raise ValueError if a setting is above what the model can take."""
+    for name, limit in limits_of(config).items():
+        value = getattr(settings, name)
+        if value and value > limit:
+            raise ValueError(f"{name}: the model takes at most {limit}")
+
+
+def two_letters(language: str) -> str:
+    """Return "fr" for "fr", "fr_XX", "fr-CA" and "fra_Latn"."""
+    code, *_ = re.split("[-_]", language.lower())
+    return TWO_LETTERS.get(code, code)
+
+
+def languages_of(task: str) -> tuple[str, str]:
+    """Return ("en", "fr") for "translation_en_to_fr", and ("", "") for "summarization"."""
+    _, _, languages = task.partition("_")
+    source, _, target = languages.partition("_to_")
+    return two_letters(source), two_letters(target)
+
+
+def choose_task(tasks: dict[str, Any], source: str, target: str) -> str:
+    """Return the name of the task for these languages, or of the first; "" if there is none."""
+    target = two_letters(target)
+    for task in tasks:
+        if languages_of(task) == (two_letters(source), target):
+            return task
+    for task in tasks:
+        if target and target == languages_of(task)[1]:
+            return task
+    if HUB_TASK in tasks:
+        return HUB_TASK
+    return next(iter(tasks), "")
+
+
+def codes_of(tokenizer: Any) -> dict[str, int]:
+    """Return {"fra_Latn": token} of a tokenizer that is told the source language, or nothing."""
+    if not hasattr(tokenizer, "src_lang"):
+        return {}
+    if hasattr(tokenizer, "lang_code_to_id"):
+        return tokenizer.lang_code_to_id
+    codes = tokenizer.extra_special_tokens
+    return dict(zip(codes, tokenizer.convert_tokens_to_ids(codes)))
+
+
+def tags_of(tokenizer: Any) -> dict[str, str]:
+    """Return {"fr": "<2fr>"}, the words for target languages in MADLAD, or in Marian ">>fra<<"."""
+    tags = {}
+    for token in tokenizer.get_vocab():
+        if re.fullmatch(r"<2[a-z]\w+>|>>[a-z]\w+<<", token):
+            code = token.strip("<2>")
+            tags[code] = token
+    return tags
+
+
+def with_tag(prefix: str, tags: dict[str, str], target: str) -> str:
+    """Return a prefix that begins with the tag of the target language."""
+    rest = prefix
+    for tag in tags.values():
+        rest = rest.replace(tag, "")
+    if not target and (rest != prefix or len(tags) == 1):
+        return prefix  # has a tag, or needs none
+    require_language("target_language", target, tags)
+    return f"{tags[target]} {rest.lstrip()}"
+
+
+def require_language(name: str, language: str, known: Iterable[str]) -> None:
+    """Raise ValueError, with some known languages, unless this is one of them."""
+    if language in known:
+        return
+    problem = "the model needs one"
+    codes = sorted(filter(None, known))
+    if language:
+        problem = f"the model does not know {language!r}"
+        similar = [code for code in codes if code[:2] == language[:2]]
+        codes = similar or codes
+    some = ", ".join(codes[:6])
+    raise ValueError(f"{name}: {problem}; for example, it knows {some}")
 
 
 # YOUR CODE: end

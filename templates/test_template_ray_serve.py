@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import template_ray_serve as app
 import torch
+from click import ClickException
 from ray.serve.scripts import convert_args_to_dict
 from serve_testing import Server
 from tiny_translator import MAX_NEW_TOKENS, MAX_TOKENS, PAIRS, PREFIX, make_model
@@ -139,7 +140,7 @@ def test_no_character_is_lost_or_moved(model):
             for character in "".join(around).replace("-", ""):
                 assert character in kept
         else:
-            assert app.is_blank(text)
+            assert not app.has_words(text)
 
 
 def test_long_sentences_are_cut_at_spaces_to_fit(model):
@@ -168,6 +169,23 @@ def test_blank_text(text):
     assert app.is_blank(text)
 
 
+def test_what_has_no_letter_or_digit_stays_as_it_is(model):
+    texts = ["Thank you. !! \n* * *\nThe cat sleeps.", "😀 …", "?"]
+    answers = ["Merci. !! \n* * *\nLe chat dort.", "😀 …", "?"]
+    assert ask(model, texts).translation == answers
+
+
+def test_special_tokens_are_special_in_the_prefix_and_plain_in_a_text(project):
+    model = load_without_known_answers(project, prefix="go </s>: ")
+    tokens = model.encode("a</s>b")
+    end = model.tokenizer.eos_token_id
+    assert [number for number, token in enumerate(tokens) if token == end] == [
+        len(model.begin) - 1,
+        len(tokens) - 1,
+    ]
+    assert model.tokenizer.decode(tokens) == "go </s>: a</s>b</s>"
+
+
 def test_a_request_over_the_token_limit_is_told_limit_and_size(model):
     with pytest.raises(app.Refuse) as refusal:
         model.plan(app.ModelRequest(text="one two " * 12_000))
@@ -183,17 +201,35 @@ def test_prefix_limits_and_language_come_from_the_model_folder(project, tmp_path
     folder = shutil.copytree(project / "model", tmp_path / "model")
     model = load(model=str(folder))
     assert (model.prefix, model.language) == (PREFIX, "en")
-    assert (model.max_sentence_tokens, model.max_new_tokens) == (MAX_TOKENS, MAX_NEW_TOKENS)
+    assert limits(model) == (MAX_TOKENS, MAX_NEW_TOKENS)
     change(folder / "config.json", task_specific_params={"translation_pl_to_fr": {"prefix": "x "}})
     change(folder / "tokenizer_config.json", model_max_length=64)
     change(folder / "generation_config.json", max_new_tokens=7)
     model = app.Model(str(folder), app.Settings(), threads=1)
     assert (model.prefix, model.language) == ("x ", "pl")
-    assert (model.max_sentence_tokens, model.max_new_tokens) == (64, 7)
-    settings = app.Settings(prefix="y ", language="de", max_sentence_tokens=32, max_new_tokens=8)
+    assert limits(model) == (64, 7)
+    languages = {"source_language": "deu_Latn", "target_language": "ja"}
+    settings = app.Settings(prefix="y ", max_sentence_tokens=32, max_new_tokens=8, **languages)
     model = app.Model(str(folder), settings, threads=1)
-    assert (model.prefix, model.language) == ("y ", "de")
-    assert (model.max_sentence_tokens, model.max_new_tokens) == (32, 8)
+    assert (model.prefix, model.language, model.spaces) == ("y ", "de", False)
+    assert limits(model) == (32, 8)
+
+
+def limits(model):
+    return model.max_sentence_tokens, model.model.generation_config.max_new_tokens
+
+
+def test_a_limit_above_what_the_model_can_take_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 512}', "utf-8")
+    for name in ("max_sentence_tokens", "max_new_tokens"):
+        app.Settings(model=str(tmp_path), **{name: 512})
+        with pytest.raises(ClickException, match=f"{name}: the model takes at most 512"):
+            app.Settings(model=str(tmp_path), **{name: 513})
+
+
+def test_a_language_that_the_model_does_not_know_is_refused(project):
+    with pytest.raises(RuntimeError, match="target_language: the model does not know 'de'; .* fr"):
+        load(model=str(project / "model"), target_language="de_DE")
 
 
 def change(file, **values):

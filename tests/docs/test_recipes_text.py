@@ -278,7 +278,10 @@ print(json.dumps([tokenizer.convert_ids_to_tokens(batch[name][0].tolist())
 def test_text_is_cut_into_sentences_of_its_own_language(marian):
     answers = python(
         marian,
-        f"{ASK}print(json.dumps([ask({TWO_SENTENCES!r}), ask({TWO_SENTENCES!r}, language='en')]))",
+        f"""{ASK}
+text = {TWO_SENTENCES!r}
+print(json.dumps([ask(text), ask(text, source_language="en")]))
+""",
     )
     german, english = [answer["translation"] for answer in answers]
     assert german == TWO_TRANSLATIONS != english

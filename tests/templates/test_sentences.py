@@ -1,0 +1,290 @@
+"""How the app cuts text into sentences, and joins translations: the table in docs/languages.md."""
+
+import os
+import re
+
+import pytest
+import template_ray_serve as app
+from helpers.repository import ROOT
+from sentencex import segment
+
+PAGE = ROOT / "docs/languages.md"
+MARKS = ("<!-- sentences: begin -->\n", "<!-- sentences: end -->")
+
+# {language: (its code as a setting, lines with " | " where a sentence ends)}
+LINES = {
+    "English": (
+        "en",
+        "Prof. Smith met Sen. Lee in No. 5. | He left.",
+        "1. Wash the rice. | 2. Boil it.",
+        'He said "No." | Then he left…',
+        "See http://a.b/c?d=e.f for more. | It costs 3.50 dollars. | OK!",
+        "Hello!|How are you?",
+        "Dr. J. R. R. Tolkien lived in the U.K. and wrote. | So do I. | We met.",
+        "Wait... what? | Yes.",
+        "It opens at 9 a.m. on Monday. | Come early!!! | 😀",
+        "hi. | how are you?",
+    ),
+    "German": (
+        "deu_Latn",
+        "Am 13. Oktober kostet es ca. 5 Mio. Euro. | Gut.",
+        "Das ist z. B. in Nr. 7 so. | Dr. Meier weiß es.",
+        "„Komm her!“, rief er. | Sie kam.",
+        "Der 2. Platz ging an Fr. Groß. | Bravo!",
+        "Er kam um 8.30 Uhr. | Alle schliefen.",
+    ),
+    "French": (
+        "fr_XX",
+        "J'ai vu M. Dupont hier. | Il va bien.",
+        "« Viens ! » dit-il. | Elle vint.",
+        "Où ? | Là ! | Voir p. 12, etc.",
+        "Le prix est de 3,50 €. | C'est cher…",
+        "Mme Curie est née en 1867. | Elle est célèbre.",
+    ),
+    "Spanish": (
+        "spa_Latn",
+        "¿Cómo estás? | ¡Bien!",
+        "El Sr. García vive en EE. UU. desde 2010. | Sí.",
+        "La Dra. Ruiz llegó a las 3 p. m. a casa. | Vale.",
+    ),
+    "Italian": ("it_IT", "Il sig. Rossi è qui. | Il dott. Bianchi no.", "Che ore sono? | Le 8.30!"),
+    "Polish": (
+        "pol_Latn",
+        "W 1990 r. było źle. | Teraz jest np. dobrze.",
+        "Prof. Nowak mieszka przy ul. Długiej. | Tak.",
+    ),
+    "Czech": ("cs_CZ", "Přišel 5. října. | Ano.", "Kde je Dr. Novák? | Tady."),
+    "Dutch": ("nl_XX", "Dat is o.a. goed. | Ja.", "Dhr. Jansen woont hier. | Mooi!"),
+    "Turkish": ("tr", "Dr. Ahmet 3. katta oturuyor. | Evet.", "Nasılsın? | İyiyim!"),
+    "Russian": (
+        "ru_RU",
+        "Он живёт на ул. Ленина, д. 5. | Это г. Москва.",
+        "А. С. Пушкин родился в 1799 г. в Москве. | Да.",
+        "— Кто там? | — Это я!",
+    ),
+    "Greek": (
+        "ell_Grek",
+        "Πώς είσαι; | Καλά.",
+        "Ο κ. Παπαδόπουλος ήρθε. | Ναι!",
+        "Κοστίζει 3,50 ευρώ. | Πού πας; | Σπίτι.",
+    ),
+    "Chinese": (
+        "zho_Hans",
+        "我有书！！|你要水。",
+        "他说：“你好。”然后走了。|她笑了。",
+        "价格是3.5元。|好的……再见！",
+        "你好吗？|我很好。|“谢谢！”|“不客气。”",
+        "请看 https://a.b/c?d=e 。|谢谢。",
+    ),
+    "Japanese": (
+        "ja_XX",
+        "これは「本当ですか？」と彼は言った。|はい。",
+        "彼は「はい。」と言った。|猫がいる！|犬もいる。",
+        "値段は3.5円です。|高い？|いいえ。",
+        "「元気？」|「うん。」",
+    ),
+    "Korean": ("kor_Hang", "안녕하세요. | 반갑습니다!", "값은 3.5원이다. | 좋다."),
+    "Arabic": (
+        "arb_Arab",
+        "هل أنت بخير؟ | نعم، أنا بخير.",
+        "وصل د. أحمد اليوم. | مرحبا!",
+        "السعر 3.5 دولار. | شكرا.",
+    ),
+    "Persian": ("fa_IR", "حال شما چطور است؟ | خوبم.", "او آمد. | من رفتم!"),
+    "Urdu": ("ur_PK", "وہ آیا۔ | وہ گیا۔", "کیا حال ہے؟ | ٹھیک ہے۔"),
+    "Hebrew": (
+        "heb_Hebr",
+        "שלום! | מה שלומך?",
+        'ד"ר כהן הגיע. | כן.',
+        "המחיר הוא 3.5 שקלים. | טוב…",
+    ),
+    "Hindi": (
+        "hin_Deva",
+        "वह आया। | वह गया।",
+        "डॉ. शर्मा आए। | क्या हुआ?",
+        "कीमत 3.5 रुपये है। | अच्छा!",
+    ),
+    "Tamil": ("tam_Taml", "அவன் வந்தான். | அவள் போனாள்.", "எப்படி இருக்கிறாய்? | நலம்!"),
+    "Thai": ("tha_Thai", "ราคา 3.5 บาท", "คุณสบายดีไหม? | สบายดี!"),
+    "Khmer": ("khm_Khmr", "គាត់មក។ | នាងទៅ។", "តើអ្នកសុខសប្បាយទេ? | បាទ។"),
+    "Burmese": ("mya_Mymr", "သူလာတယ်။ | သူမသွားတယ်။"),
+    "Armenian": ("hye_Armn", "Նա եկավ։ | Նա գնաց։"),
+    "Amharic": ("amh_Ethi", "ሰላም። | እንዴት ነህ? | ደህና ነኝ።", "ዶ/ር አበበ መጣ። | እሺ።"),
+}
+
+# (target, source, translations, the answer)
+JOINS = [
+    ("fr", "One. Two.", ["Un.", "Deux."], "Un. Deux."),
+    ("zh", "One. Two.", ["一。", "二。"], "一。二。"),
+    ("zho_Hant", "One  two. \n Three", ["一 二", "三"], "一 二 \n 三"),
+    ("zh_CN", "Hello! Bye", ["你好", "再见"], "你好再见"),
+    ("ja_XX", "One. Two? Three!", ["一。", "二？", "三！"], "一。二？三！"),
+    ("", "One. Two.", ["一。", "二。"], "一。二。"),
+    (
+        "en",
+        "我有书！！你要水。",
+        ["I have a book!", "You need water."],
+        "I have a book! You need water.",
+    ),
+    (
+        "en",
+        "他来了。　她走了。\n好。",
+        ["He came.", "She left.", "Good."],
+        "He came. She left.\nGood.",
+    ),
+    ("th", "One. Two.", ["หนึ่ง", "สอง"], "หนึ่ง สอง"),
+    (
+        "ko_KR",
+        "猫がいる。犬もいる。",
+        ["고양이가 있다.", "개도 있다."],
+        "고양이가 있다. 개도 있다.",
+    ),
+    (
+        "ar",
+        "One.\r\n\tTwo.\u2028- Three.",
+        ["واحد.", "اثنان.", "- ثلاثة."],
+        "واحد.\r\n\tاثنان.\u2028- ثلاثة.",
+    ),
+    ("he", "Hello! 😀 Bye.", ["שלום!", "😀 ביי."], "שלום! 😀 ביי."),
+    ("de", "  One. \n\n * * * \n\nTwo.  ", ["Eins.", "Zwei."], "  Eins. \n\n * * * \n\nZwei.  "),
+]
+
+# The expression of release 0.1.0.
+GAPS = re.compile(
+    r"""(^\s+|(?<!\s)\s+$|(?<!\s)\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*|(?<=[。！？])
+    |(?:(?<=[.!?…])|(?<=[.!?…]["'»”’)]))(?<!\b\w\.)(?<!\b(?:Mr|Ms|Dr|St|vs)\.)(?<!\b(?:Mrs|e\.g|i\.e)\.)\s+(?![a-z\s]))""",
+    re.VERBOSE,
+)
+
+
+def splitter(language):
+    """Return a model that only cuts text: a token is a character."""
+    model = app.Model.__new__(app.Model)
+    model.language = app.two_letters(language)
+    model.max_sentence_tokens = 1_000_000
+    model.encode = list
+    return model
+
+
+def cut(language, text):
+    return ["".join(sentence.tokens) for sentence in splitter(language).sentences(0, text)]
+
+
+def cut_by_release_0_1_0(_, text):
+    return [part for part in GAPS.split(text)[::2] if part and not app.is_blank(part)]
+
+
+def cut_by_sentencex(language, text):
+    parts = [part.strip() for part in segment(app.two_letters(language), text)]
+    return [part for part in parts if part]
+
+
+def right_cut(line):
+    """Return (text, sentences) of a line; "|" without spaces stands where there is no space."""
+    text = line.replace(" | ", " ").replace("|", "")
+    sentences = [part.strip() for part in line.split("|")]
+    return text, [part for part in sentences if app.has_words(part)]
+
+
+def texts():
+    for code, *lines in LINES.values():
+        for line in lines:
+            yield code, *right_cut(line)
+
+
+def table():
+    """Return the table of the page as lines of Markdown."""
+    ways = (cut_by_release_0_1_0, cut_by_sentencex, cut)
+    rows = [
+        "| language | lines | release 0.1.0 | `sentencex` alone | now |",
+        "|---|---|---|---|---|",
+    ]
+    sums = [0, 0, 0, 0]
+    wrong = []
+    for name, (code, *lines) in LINES.items():
+        counts = [len(lines)]
+        for way in ways:
+            counts.append(sum(way(code, text) == right for text, right in map(right_cut, lines)))
+        rows.append(f"| {name} | " + " | ".join(map(str, counts)) + " |")
+        sums = [total + count for total, count in zip(sums, counts)]
+        for text, right in map(right_cut, lines):
+            if cut(code, text) != right:
+                wrong.append(f"- {name}: {' ‖ '.join(cut(code, text))}")
+    rows.append("| **all** | " + " | ".join(map(str, sums)) + " |")
+    return "\n".join([*rows, "", "Still cut otherwise than a reader would:", "", *wrong, ""])
+
+
+def test_the_table_of_the_page_is_right():
+    begin, end = MARKS
+    page = PAGE.read_text("utf-8")
+    before, _, rest = page.partition(begin)
+    found, _, after = rest.partition(end)
+    if os.environ.get("WRITE_TABLES"):
+        PAGE.write_text(before + begin + "\n" + table() + "\n" + end + after, "utf-8")
+    else:
+        assert found.strip() == table().strip(), "WRITE_TABLES=1 pytest ... writes it"
+
+
+@pytest.mark.parametrize("language", LINES)
+def test_sentences_are_lossless(language):
+    code, *lines = LINES[language]
+    model = splitter(code)
+    shown = [right_cut(line)[0] for line in lines]
+    for text in [
+        *shown,
+        "\n".join(shown),
+        "\r\n\t".join(shown),
+        " \u2028".join(shown),
+        "".join(shown),
+    ]:
+        assert "".join(model.pieces(text)) == text
+        whole = ""
+        for sentence in model.sentences(0, text):
+            assert app.has_words("".join(sentence.tokens))
+            whole += sentence.before + "".join(sentence.tokens) + sentence.after
+        assert whole == text
+
+
+def test_most_lines_are_cut_as_a_reader_would():
+    right = sum(cut(code, text) == sentences for code, text, sentences in texts())
+    old = sum(cut_by_release_0_1_0(code, text) == sentences for code, text, sentences in texts())
+    lines = len(list(texts()))
+    assert right > 0.95 * lines
+    assert old < 0.6 * lines
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "...", "！", "😀 !!", "\n- - -\n", "\u200b", "* * *", "»?«"]
+)
+def test_what_has_no_letter_or_digit_never_reaches_the_model(text):
+    assert splitter("en").sentences(0, text) == []
+    request = app.ModelRequest(text=["Yes.", text])
+    model = splitter("en")
+    model.spaces = True
+    (only,) = model.sentences(0, "Yes.")
+    answer = model.answer(request, [only], [("Oui.", False)])
+    expected = "" if app.is_blank(text) else text
+    assert answer.translation == ["Oui.", expected]
+
+
+@pytest.mark.parametrize("target, source, translations, answer", JOINS)
+def test_translations_are_joined_as_the_target_language_writes(
+    target, source, translations, answer
+):
+    language = "zh" if re.search("[\u3040-\u9fff]", source) else "en"
+    model = splitter(language)
+    model.spaces = app.two_letters(target) not in app.UNSPACED
+    inputs = model.sentences(0, source)
+    assert len(inputs) == len(translations)
+    outputs = [(translation, False) for translation in translations]
+    assert model.answer(app.ModelRequest(text=source), inputs, outputs).translation == answer
+
+
+@pytest.mark.parametrize("filler", ["1. ", "M. ", "a. ", "ab. c", "「。」", "」あ", "; ", "។ "])
+def test_putting_sentences_together_is_quick(filler):
+    import time
+
+    text = "a" + filler * 30_000
+    begin = time.monotonic()
+    assert "".join(splitter("el").pieces(text)) == text
+    assert time.monotonic() - begin < 20  # quadratic time would take minutes

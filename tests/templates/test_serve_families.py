@@ -1,0 +1,652 @@
+"""The app with every family of sequence-to-sequence models: the table in docs/languages.md.
+
+Each model is tiny, and learns a few pairs by heart, in the languages that its family can tell
+apart. Its tokenizer is of the family's own class, with pieces that are trained here.
+"""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import sentencepiece
+import template_ray_serve as app
+import torch
+import transformers
+from helpers.repository import ROOT
+from transformers.models.m2m_100.tokenization_m2m_100 import FAIRSEQ_LANGUAGE_CODES as M2M100_CODES
+from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES as NLLB_CODES
+
+PAGE = ROOT / "docs/languages.md"
+SOURCES = ["The cat sleeps.", "Good morning!", "I like tea and milk.", "Where is the station?"]
+TARGETS = {
+    "fr": ["Le chat dort.", "Bonjour !", "J'aime le thé et le lait.", "Où est la gare ?"],
+    "de": ["Die Katze schläft.", "Guten Morgen!", "Ich mag Tee und Milch.", "Wo ist der Bahnhof?"],
+}
+SIZE = {"d_model": 64}
+T5_SIZE = SIZE | {"d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+BART_SIZE = SIZE | {
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "max_position_embeddings": 64,
+}
+
+
+# -- Tokenizers, as the files of each family on the hub --------------------------------------------
+
+
+def texts():
+    found = [*SOURCES, *TARGETS["fr"], *TARGETS["de"]]
+    return [*found, *map(str.swapcase, found), "0 1 2 3 4 5 6 7 8 9 < > / _ : ( ) translate to"]
+
+
+def train_pieces(file, **options):
+    """Write a sentencepiece model; return its pieces."""
+    model = io.BytesIO()
+    options = {"vocab_size": 200, "character_coverage": 1.0, "minloglevel": 2, **options}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts()), model_writer=model, hard_vocab_limit=False, **options
+    )
+    file.write_bytes(model.getvalue())
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    return [pieces.id_to_piece(number) for number in range(len(pieces))]
+
+
+def write_json(file, **values):
+    file.write_text(json.dumps(values), "utf-8")
+
+
+def write_tokenizer(folder, name, **values):
+    write_json(folder / "tokenizer_config.json", tokenizer_class=name, **values)
+
+
+T5_PIECES = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+FAIRSEQ_PIECES = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}
+
+
+def t5_tokenizer(folder):
+    train_pieces(folder / "spiece.model", **T5_PIECES)
+    write_tokenizer(folder, "T5Tokenizer", extra_ids=100)
+
+
+def mt5_tokenizer(folder):
+    train_pieces(folder / "spiece.model", **T5_PIECES)
+    write_tokenizer(folder, "T5Tokenizer", extra_ids=0)
+
+
+def madlad_tokenizer(folder):
+    tags = [f"<2{code}>" for code in ("de", "en", "es", "fr")]
+    train_pieces(folder / "spiece.model", **FAIRSEQ_PIECES, user_defined_symbols=tags)
+    names = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<s>", "bos_token": "<s>"}
+    write_tokenizer(folder, "T5Tokenizer", extra_ids=0, **names)
+
+
+def bart_tokenizer(folder):
+    empty = transformers.BartTokenizer()
+    tokenizer = empty.train_new_from_iterator(texts(), vocab_size=400)
+    tokenizer.save_pretrained(folder)
+
+
+def mbart_tokenizer(folder):
+    train_pieces(folder / "sentencepiece.bpe.model", **FAIRSEQ_PIECES)
+    write_tokenizer(folder, "MBartTokenizer")
+
+
+def mbart50_tokenizer(folder):
+    train_pieces(folder / "sentencepiece.bpe.model", **FAIRSEQ_PIECES)
+    write_tokenizer(folder, "MBart50Tokenizer")
+
+
+def m2m100_tokenizer(folder):
+    pieces = train_pieces(folder / "sentencepiece.bpe.model", **FAIRSEQ_PIECES)
+    vocabulary = ["<s>", "<pad>", "</s>", "<unk>", *pieces[3:]]
+    numbers = {piece: number for number, piece in enumerate(vocabulary)}
+    write_json(folder / "vocab.json", **numbers)
+    codes = [f"__{code}__" for code in M2M100_CODES["m2m100"]]
+    write_tokenizer(folder, "M2M100Tokenizer", additional_special_tokens=codes)
+
+
+def nllb_tokenizer(folder):
+    train_pieces(folder / "sentencepiece.bpe.model", **FAIRSEQ_PIECES, model_type="bpe")
+    write_tokenizer(folder, "NllbTokenizer", additional_special_tokens=NLLB_CODES)
+
+
+def pegasus_tokenizer(folder):
+    marks = ["<mask_1>", "<mask_2>", *[f"<unk_{number}>" for number in range(2, 103)]]
+    numbers = {"pad_id": 0, "eos_id": 1, "unk_id": 105, "bos_id": -1, "vocab_size": 300}
+    train_pieces(folder / "spiece.model", **numbers, user_defined_symbols=marks)
+    write_tokenizer(folder, "PegasusTokenizer")
+
+
+def marian_tokenizer(folder, tags=()):
+    pieces = train_pieces(folder / "source.spm")
+    pieces += train_pieces(folder / "target.spm", vocab_size=180)
+    ordinary = sorted(set(pieces) - {"<unk>", "<s>", "</s>"})
+    vocabulary = ["</s>", "<unk>", *tags, *ordinary, "<pad>"]
+    numbers = {piece: number for number, piece in enumerate(vocabulary)}
+    write_json(folder / "vocab.json", **numbers)
+    write_tokenizer(folder, "MarianTokenizer", source_lang="eng", target_lang="fra")
+
+
+def marian_tags_tokenizer(folder):
+    marian_tokenizer(folder, tags=[">>deu<<", ">>fra<<", ">>spa<<"])
+
+
+# -- Networks --------------------------------------------------------------------------------------
+
+
+def t5_network(tokenizer, **options):
+    options = {
+        **T5_SIZE,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+        **options,
+    }
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=len(tokenizer) + 12, **options)
+    )
+
+
+def t5_v1_1_network(tokenizer):
+    return t5_network(tokenizer, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+
+
+def mt5_network(tokenizer):
+    options = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    return transformers.MT5ForConditionalGeneration(
+        transformers.MT5Config(vocab_size=len(tokenizer) + 12, **T5_SIZE, **options)
+    )
+
+
+def madlad_network(tokenizer):
+    numbers = {"pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
+    gated = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    return t5_network(tokenizer, **numbers, **gated)
+
+
+def bart_network(tokenizer):
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    numbers = {"bos_token_id": start, "eos_token_id": end, "decoder_start_token_id": end}
+    config = transformers.BartConfig(
+        vocab_size=len(tokenizer), **BART_SIZE, **numbers, pad_token_id=tokenizer.pad_token_id
+    )
+    network = transformers.BartForConditionalGeneration(config)
+    network.generation_config.forced_bos_token_id = start
+    network.generation_config.forced_eos_token_id = end
+    return network
+
+
+def mbart_network(tokenizer):
+    return transformers.MBartForConditionalGeneration(
+        transformers.MBartConfig(vocab_size=len(tokenizer), **BART_SIZE)
+    )
+
+
+def mbart50_network(tokenizer):
+    return transformers.MBartForConditionalGeneration(
+        transformers.MBartConfig(vocab_size=len(tokenizer), **BART_SIZE, decoder_start_token_id=2)
+    )
+
+
+def m2m100_network(tokenizer):
+    return transformers.M2M100ForConditionalGeneration(
+        transformers.M2M100Config(
+            vocab_size=len(tokenizer) + 8,
+            **BART_SIZE,
+            encoder_layerdrop=0.0,
+            decoder_layerdrop=0.0,
+        )
+    )
+
+
+def pegasus_network(tokenizer):
+    return transformers.PegasusForConditionalGeneration(
+        transformers.PegasusConfig(vocab_size=len(tokenizer), **BART_SIZE)
+    )
+
+
+def marian_network(tokenizer):
+    pad = tokenizer.pad_token_id
+    numbers = {"eos_token_id": 0, "bos_token_id": 0, "pad_token_id": pad}
+    config = transformers.MarianConfig(
+        vocab_size=len(tokenizer), **BART_SIZE, **numbers, decoder_start_token_id=pad
+    )
+    network = transformers.MarianMTModel(config)
+    network.generation_config.forced_eos_token_id = 0
+    network.generation_config.bad_words_ids = [[pad]]
+    return network
+
+
+# -- The families ----------------------------------------------------------------------------------
+
+TASKS = {
+    "fr": "translate English to French: ",
+    "de": "translate English to German: ",
+}
+NO_LANGUAGE: dict = {"fr": ("", {})}
+
+
+def by_task(code):
+    return TASKS[code], {"target_language": code}
+
+
+def by_tag(code, tag):
+    return f"{tag} ", {"target_language": code}
+
+
+def by_codes(source, target):
+    return "", {"source_language": source, "target_language": target}
+
+
+# {name: (tokenizer, network, how it is told a language: {language: (prefix, settings)})}
+FAMILIES = {
+    "T5": (t5_tokenizer, t5_network, {code: by_task(code) for code in TASKS}),
+    "T5 1.1": (t5_tokenizer, t5_v1_1_network, NO_LANGUAGE),
+    "mT5": (mt5_tokenizer, mt5_network, NO_LANGUAGE),
+    "MADLAD-400": (
+        madlad_tokenizer,
+        madlad_network,
+        {code: by_tag(code, f"<2{code}>") for code in TASKS},
+    ),
+    "BART": (bart_tokenizer, bart_network, NO_LANGUAGE),
+    "mBART": (
+        mbart_tokenizer,
+        mbart_network,
+        {"fr": by_codes("en_XX", "fr_XX"), "de": by_codes("en_XX", "de_DE")},
+    ),
+    "mBART-50": (
+        mbart50_tokenizer,
+        mbart50_network,
+        {"fr": by_codes("en_XX", "fr_XX"), "de": by_codes("en_XX", "de_DE")},
+    ),
+    "Marian": (marian_tokenizer, marian_network, NO_LANGUAGE),
+    "Marian, several targets": (
+        marian_tags_tokenizer,
+        marian_network,
+        {"fr": by_tag("fra", ">>fra<<"), "de": by_tag("deu", ">>deu<<")},
+    ),
+    "M2M100": (
+        m2m100_tokenizer,
+        m2m100_network,
+        {"fr": by_codes("en", "fr"), "de": by_codes("en", "de")},
+    ),
+    "NLLB": (
+        nllb_tokenizer,
+        m2m100_network,
+        {"fr": by_codes("eng_Latn", "fra_Latn"), "de": by_codes("eng_Latn", "deu_Latn")},
+    ),
+    "PEGASUS": (pegasus_tokenizer, pegasus_network, NO_LANGUAGE),
+}
+WITH_CODES = ("mBART", "mBART-50", "M2M100", "NLLB")
+WITH_TAGS = ("MADLAD-400", "Marian, several targets")
+WITHOUT_LIMIT = ("T5", "T5 1.1", "mT5", "MADLAD-400")
+
+
+def lessons(tokenizer, languages):
+    """Return a batch for each language: what the network has to learn by heart."""
+    batches = []
+    for code, (prefix, settings) in languages.items():
+        if "source_language" in settings:
+            tokenizer.src_lang = settings["source_language"]
+            tokenizer.tgt_lang = settings["target_language"]
+        sources = [prefix + source for source in SOURCES]
+        batch = tokenizer(sources, text_target=TARGETS[code], padding=True, return_tensors="pt")
+        batch.pop("token_type_ids", None)
+        padding = batch["labels"] == tokenizer.pad_token_id
+        batch["labels"] = batch["labels"].masked_fill(padding, -100)
+        batches.append(batch)
+    return batches
+
+
+def train(network, batches):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a model is slower with more
+    parameters = [item for item in network.parameters() if item.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3)
+    steps = 0
+    rest = 30  # slow steps, once the loss is small
+    while rest:
+        loss = sum(loss_of(network, batch) for batch in batches)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if rest < 30 or loss.item() < 0.01:
+            optimizer.param_groups[0]["lr"] = 3e-4
+            rest -= 1
+        steps += 1
+        assert steps < 1000, loss.item()
+    torch.set_num_threads(threads)
+    assert loss.item() < 0.05
+
+
+def loss_of(network, batch):
+    """Return the loss without the language token, which the app forces."""
+    logits = network(**batch).logits
+    labels = batch["labels"].clone()
+    first = labels[0, 0]
+    if bool((labels[:, 0] == first).all()):
+        labels[:, 0] = -100
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def make_family(name, folder):
+    make_tokenizer, make_network, languages = FAMILIES[name]
+    folder.mkdir()
+    make_tokenizer(folder)
+    if name != "BART":  # which has a tokenizer.json
+        model_type = make_network.__name__.removesuffix("_network")
+        known = {"t5_v1_1": "t5", "madlad": "t5", "mbart50": "mbart", "m2m100": "m2m_100"}
+        write_json(folder / "config.json", model_type=known.get(model_type, model_type))
+    else:
+        write_json(folder / "config.json", model_type="bart")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    transformers.set_seed(0)
+    network = make_network(tokenizer)
+    train(network, lessons(tokenizer, languages))
+    if name == "T5":
+        network.config.task_specific_params = {
+            f"translation_en_to_{code}": {"prefix": prefix} for code, prefix in TASKS.items()
+        }
+    # As many models of the hub have it: each of these made generate() warn in each call.
+    generation = network.generation_config
+    generation.max_length = 512
+    generation.num_beams = 5
+    generation.length_penalty = 0.8
+    network.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """A mapping that makes the folder of a family when it is first asked for."""
+    root = tmp_path_factory.mktemp("families")
+
+    class Folders(dict):
+        def __missing__(self, name):
+            self[name] = root / name.replace(" ", "-")
+            make_family(name, self[name])
+            return self[name]
+
+    return Folders()
+
+
+def load(folder, **settings):
+    return app.load_model(app.Settings(model=str(folder), **settings), threads=1)
+
+
+def load_first(folders, name, **settings):
+    """Return the model of a family in the first of its languages."""
+    _, own = next(iter(FAMILIES[name][2].values()))
+    return load(folders[name], **own, **settings)
+
+
+def ask(model, text):
+    request = app.ModelRequest(text=text)
+    inputs = model.plan(request)
+    return model.answer(request, inputs, model(inputs))
+
+
+def refused(folder, **settings):
+    """Return the one line with which a model is refused."""
+    with pytest.raises(RuntimeError) as refusal:
+        load(folder, **settings)
+    line = str(refusal.value)
+    assert "\n" not in line
+    return line
+
+
+def change(file, **values):
+    content = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps(content | values), "utf-8")
+
+
+# -- What every family does ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("beams", [1, 4])
+def test_a_batch_answers_like_single_texts_in_each_language(folders, name, beams):
+    for code, (_, settings) in FAMILIES[name][2].items():
+        model = load(folders[name], num_beams=beams, max_new_tokens=24, **settings)
+        answer = ask(model, SOURCES)
+        assert answer.translation == TARGETS[code]
+        assert answer.cut_sentences == 0
+        texts = [*SOURCES, "The tea sleeps.", "Where is the cat and the milk?", "I", "x" * 9]
+        alone = [ask(model, text) for text in texts]
+        together = ask(model, texts)
+        assert together.translation == [answer.translation for answer in alone]
+        assert together.cut_sentences == sum(answer.cut_sentences for answer in alone)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("beams", [1, 4])
+def test_a_cut_translation_is_reported(folders, name, beams):
+    model = load_first(folders, name, max_new_tokens=2, num_beams=beams)
+    assert ask(model, SOURCES).cut_sentences == len(SOURCES)
+    assert ask(model, SOURCES[0]).cut_sentences == 1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_text_never_becomes_a_special_token(folders, name):
+    model = load_first(folders, name)
+    tokenizer = model.tokenizer
+    special = {*tokenizer.all_special_ids, *app.codes_of(tokenizer).values()}
+    tags = app.tags_of(tokenizer).values()
+    special.update(tokenizer.convert_tokens_to_ids(list(tags)))
+    special.discard(tokenizer.unk_token_id)
+    marks = [*tokenizer.all_special_tokens, *app.codes_of(tokenizer), *tags]
+    begin, end = len(model.begin), len(model.end)
+    for mark in marks:
+        for text in (mark, f"The cat{mark}sleeps.", f"{mark} {mark}", f" {mark} tea"):
+            tokens = model.encode(text)
+            assert tokens[:begin] == model.begin and tokens[len(tokens) - end :] == model.end
+            assert special.isdisjoint(tokens[begin : len(tokens) - end]), text
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_special_tokens_of_a_prefix_stay_special(folders, name):
+    _, settings = next(iter(FAMILIES[name][2].values()))
+    mark = load(folders[name], **settings).tokenizer.eos_token
+    model = load(folders[name], **settings, prefix=f"{mark} tea: ")
+    plain = load(folders[name], **settings, prefix="tea: ")
+    end = model.tokenizer.eos_token_id
+    tokens = model.encode("milk")
+    assert tokens.count(end) == 1 + plain.encode("milk").count(end)
+    assert tokens[len(model.begin) :][-4:] == plain.encode("milk")[-4:]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_limits_are_within_the_positions(folders, name, tmp_path):
+    folder = shutil.copytree(folders[name], tmp_path / "model")
+    _, settings = next(iter(FAMILIES[name][2].values()))
+    text = "I like tea and milk and " * 150 + "tea"
+    if name not in WITHOUT_LIMIT:
+        for key in ("max_sentence_tokens", "max_new_tokens"):
+            with pytest.raises(app.ClickException) as refusal:
+                app.Settings(model=str(folder), **{key: 65})
+            assert refusal.value.message == f"Value error, {key}: the model takes at most 64"
+    else:
+        app.Settings(model=str(folder), max_sentence_tokens=4096)
+    change(folder / "generation_config.json", min_length=64)  # as long as it may be
+    model = load(folder, **settings, max_new_tokens=64, max_sentence_tokens=64)
+    inputs = model.plan(app.ModelRequest(text=text))
+    assert 30 < max(len(sentence.tokens) for sentence in inputs) <= 64
+    assert ask(model, text).translation
+    model = load(folder, **settings)  # the defaults fit too
+    assert ask(model, SOURCES[0]).translation
+
+
+# -- Languages -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*WITH_CODES, *WITH_TAGS])
+def test_a_language_that_is_missing_or_unknown_is_told_in_one_line(folders, name):
+    languages = [settings for _, settings in FAMILIES[name][2].values()]
+    for key in languages[0]:
+        settings = dict(languages[0])
+        settings[key] = "fr_FR"
+        line = refused(folders[name], **settings)
+        assert f"{key}: the model does not know 'fr_FR'; for example, it knows fr" in line
+        del settings[key]
+        line = refused(folders[name], **settings)
+        assert f"{key}: the model needs one; for example, it knows " in line
+        assert len(line) < 400
+
+
+@pytest.mark.parametrize("name", [*WITH_CODES, *WITH_TAGS])
+def test_languages_that_training_recorded_need_no_setting(folders, name, tmp_path):
+    folder = shutil.copytree(folders[name], tmp_path / "model")
+    (prefix, french), (_, german) = FAMILIES[name][2].values()
+    if name in WITH_TAGS:
+        tasks = {"translation_en_to_fr": {"prefix": prefix}}
+        change(folder / "config.json", task_specific_params=tasks)
+    else:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer.src_lang = french["source_language"]
+        tokenizer.tgt_lang = french["target_language"]
+        tokenizer.save_pretrained(folder)
+    assert ask(load(folder), SOURCES).translation == TARGETS["fr"]
+    assert ask(load(folder, **german), SOURCES).translation == TARGETS["de"]
+    if name in ("mBART-50", "M2M100", "NLLB"):
+        forced = app.codes_of(tokenizer)[german["target_language"]]
+        change(folder / "generation_config.json", forced_bos_token_id=forced)
+        assert ask(load(folder), SOURCES).translation == TARGETS["de"]
+        assert ask(load(folder, **french), SOURCES).translation == TARGETS["fr"]
+
+
+def test_a_task_is_chosen_by_its_languages(folders):
+    assert ask(load(folders["T5"]), SOURCES).translation == TARGETS["fr"]  # the first
+    german = load(folders["T5"], target_language="de")
+    assert german.prefix == TASKS["de"]
+    line = refused(folders["T5"], target_language="es")
+    assert "target_language: the model does not know 'es'; for example, it knows de, fr" in line
+    by_prefix = load(folders["T5"], target_language="es", prefix="translate English to Spanish: ")
+    assert by_prefix.prefix == "translate English to Spanish: "
+
+
+# -- The log, and what cannot work -----------------------------------------------------------------
+
+ASK_ALL = """
+import json, sys
+import template_ray_serve as app
+
+for folder, settings in json.loads(sys.argv[1]).items():
+    model = app.load_model(app.Settings(model=folder, **settings), threads=1)
+    for text in ("Good morning!", "I like tea. " * 300, ["a </s> b", "x" * 900]):
+        request = app.ModelRequest(text=text)
+        inputs = model.plan(request)
+        model.answer(request, inputs, model(inputs))
+"""
+
+
+def test_no_family_writes_a_line_into_the_log(folders):
+    asked = {}
+    for name, (_, _, languages) in FAMILIES.items():
+        _, settings = next(iter(languages.values()))
+        asked[str(folders[name])] = {**settings, "max_new_tokens": 8}
+    done = subprocess.run(
+        [sys.executable, "-W", "default::UserWarning", "-c", ASK_ALL, json.dumps(asked)],
+        cwd=ROOT / "templates",
+        timeout=600,
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""
+    assert done.stderr == ""
+
+
+def test_what_cannot_work_is_refused_in_one_line(folders, tmp_path):
+    gpt = tmp_path / "gpt"
+    config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)
+    transformers.GPT2LMHeadModel(config).save_pretrained(gpt)
+    assert "a gpt2 has no encoder and decoder" in refused(gpt)
+
+    for name, file, message in (
+        ("T5", "spiece.model", "its tokenizer has no vocabulary"),
+        ("M2M100", "sentencepiece.bpe.model", "its tokenizer cannot be loaded"),
+    ):
+        folder = shutil.copytree(folders[name], tmp_path / name)
+        (folder / file).unlink()
+        _, settings = next(iter(FAMILIES[name][2].values()))
+        assert message in refused(folder, **settings)
+
+    folder = shutil.copytree(folders["mT5"], tmp_path / "mT5")
+    marks = [f"<{number}>" for number in range(100)]
+    train_pieces(folder / "spiece.model", **T5_PIECES, user_defined_symbols=marks, vocab_size=300)
+    assert "tokens, of which the model knows" in refused(folder)
+
+    folder = shutil.copytree(folders["BART"], tmp_path / "weights")
+    weights = transformers.BartForConditionalGeneration.from_pretrained(folder).state_dict()
+    del weights["model.encoder.layers.0.fc1.weight"]
+    network = transformers.BartForConditionalGeneration.from_pretrained(folder)
+    network.save_pretrained(folder, state_dict=weights)
+    assert "no weights for model.encoder.layers.0.fc1.weight" in refused(folder)
+    change(folder / "config.json", encoder_ffn_dim=100)
+    refused(folder)
+
+
+@pytest.mark.parametrize("name", ["Marian", "M2M100", "T5", "NLLB"])
+def test_a_missing_package_is_named(folders, name, tmp_path):
+    """Without sentencepiece, as if it were not installed."""
+    import recipes
+
+    _, settings = next(iter(FAMILIES[name][2].values()))
+    asked = json.dumps({str(folders[name]): settings})
+    done = subprocess.run(
+        [sys.executable, "-c", ASK_ALL, asked],
+        cwd=ROOT / "templates",
+        env=os.environ | recipes.without(tmp_path, ["sentencepiece"]),
+        timeout=600,
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 1
+    assert (
+        "(its tokenizer cannot be loaded without the package sentencepiece: "
+        in done.stderr.splitlines()[-1]
+    )
+
+
+# -- The page --------------------------------------------------------------------------------------
+
+MARKS = ("<!-- families: begin -->\n", "<!-- families: end -->")
+
+
+def table(folders):
+    """Return the table of the page as lines of Markdown."""
+    rows = ["| family | tokenizer | how it is told the languages | a limit |", "|---|---|---|---|"]
+    for name, (_, _, languages) in FAMILIES.items():
+        prefix, settings = next(iter(languages.values()))
+        model = load(folders[name], **settings)
+        told = "one task: nothing to set"
+        if settings:
+            told = ", ".join(f"`{key}: {value}`" for key, value in settings.items())
+        if len(settings) == 1:
+            told += f", which puts `{model.prefix.strip()}` before each sentence"
+        limits = app.limits_of(model.model.config.to_dict())
+        limit = "none" if min(limits.values()) == 4096 else "`max_position_embeddings`"
+        kind = type(model.tokenizer).__name__
+        rows.append(f"| {name} | `{kind}` | {told} | {limit} |")
+    return "\n".join(rows) + "\n"
+
+
+def test_the_table_of_the_page_is_right(folders):
+    begin, end = MARKS
+    page = PAGE.read_text("utf-8")
+    before, _, rest = page.partition(begin)
+    found, _, after = rest.partition(end)
+    if os.environ.get("WRITE_TABLES"):
+        PAGE.write_text(before + begin + "\n" + table(folders) + "\n" + end + after, "utf-8")
+    else:
+        assert found.strip() == table(folders).strip(), "WRITE_TABLES=1 pytest ... writes it"
