@@ -9,6 +9,7 @@ your work, see test_template_ray_serve.py.
 
 import ast
 import asyncio
+import contextlib
 import html
 import importlib.util
 import json
@@ -564,13 +565,16 @@ class Spy:
 
 
 def outputs_of(app, spy, inputs, cancelled=()):
-    """Return what a Batcher makes of inputs that come while the model is busy with [0]."""
+    """Return what a Batcher makes of inputs that come while the model is busy with [0].
+
+    Each is a request of its own.
+    """
 
     async def submit_all():
         batcher = app.Batcher(spy, max_batch_size=4, thread=ThreadPoolExecutor(1))
-        first = batcher.submit([0])
+        (first,) = batcher.submit([[0]])
         await asyncio.sleep(0.01)
-        outputs = [batcher.submit(numbers) for numbers in inputs]
+        outputs = [batcher.submit([numbers])[0] for numbers in inputs]
         for number in cancelled:
             outputs[number].cancel()
         await first
@@ -609,6 +613,94 @@ def test_a_cancelled_input_never_reaches_the_model(app):
     assert isinstance(outputs[0], asyncio.CancelledError)
     assert outputs[1] == 2
     assert spy.batches == [[[0]], [[2]]]
+
+
+class Gate:
+    """A model whose every batch waits until it is let through; outputs are the batch's number."""
+
+    def __init__(self):
+        self.batches = []
+        self.open = threading.Semaphore(0)
+
+    def size(self, item):
+        return len(item)
+
+    def __call__(self, batch):
+        self.batches.append(batch)
+        assert self.open.acquire(timeout=60)
+        return [len(self.batches)] * len(batch)
+
+
+@contextlib.asynccontextmanager
+async def gated(app, max_batch_size):
+    """Give a Batcher that works on one batch already, and a function that ends one batch."""
+    gate = Gate()
+    batcher = app.Batcher(gate, max_batch_size, ThreadPoolExecutor(1))
+    batcher.submit(["first"])
+
+    async def begun(number):
+        while len(gate.batches) < number:
+            await asyncio.sleep(0.001)
+
+    async def step():
+        number = len(gate.batches)
+        gate.open.release()
+        await begun(number + 1)
+
+    await begun(1)
+    yield batcher, gate, step
+    for output in list(batcher.waiting):
+        output.cancel()
+    gate.open.release()
+    await batcher.worker
+
+
+def run_async(function):
+    asyncio.run(asyncio.wait_for(function(), timeout=60))
+
+
+@pytest.mark.parametrize("lists", [1, 4, 16, 64])
+@pytest.mark.parametrize("max_batch_size", [1, 8, 32])
+def test_a_text_waits_for_two_batches_at_any_number_of_lists(app, lists, max_batch_size):
+    async def ask():
+        async with gated(app, max_batch_size) as (batcher, gate, step):
+            for _ in range(lists):
+                batcher.submit(["list"] * 900)
+            await step()
+            for _ in range(5):
+                now = len(gate.batches)
+                (text,) = batcher.submit(["text"])
+                await step()
+                await step()
+                assert text.done() or max_batch_size == 1
+                await step()
+                assert await text - now <= 2
+
+    run_async(ask)
+
+
+def test_no_list_waits_forever_for_texts(app):
+    async def ask():
+        async with gated(app, 8) as (batcher, gate, step):
+            outputs = batcher.submit(["list"] * 20)
+            for _ in range(12):
+                for _ in range(8):
+                    batcher.submit(["text"])
+                await step()
+            assert all(output.done() for output in outputs)
+
+    run_async(ask)
+
+
+def test_what_goes_before_a_request_are_requests_that_are_not_larger(app):
+    async def ask():
+        async with gated(app, 8) as (batcher, *_):
+            for number in (1, 1, 3, 900):
+                batcher.submit(["text"] * number)
+            ahead = {number: batcher.ahead_of(["text"] * number) for number in (1, 2, 8, 900)}
+            assert ahead == {1: 2, 2: 5, 8: 5, 900: 905}
+
+    run_async(ask)
 
 
 # -- serve_config.yaml -----------------------------------------------------------------------------
