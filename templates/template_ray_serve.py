@@ -676,11 +676,12 @@ async def error_response(_: Request, error: StarletteHTTPException) -> JSONRespo
     return JSONResponse(body, error.status_code, error.headers)
 
 
+LARGE_BODY = 10_000  # bytes
 CLOSE = {"Connection": "close"}  # instead of reading the rest of a body that is refused
 
 
-async def read(request: Request, max_bytes: int) -> ModelRequest:
-    """Return the body of a request; HTTPException 400, 413, 415 or 422 if it cannot be used."""
+async def read(request: Request, max_bytes: int) -> bytearray:
+    """Return the body of a request; HTTPException 400, 413 or 415 if it cannot be used."""
     content_type = request.headers.get("content-type", "application/json")
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "Send JSON with the header Content-Type: application/json.")
@@ -693,6 +694,11 @@ async def read(request: Request, max_bytes: int) -> ModelRequest:
             raise HTTPException(413, f"The body is larger than {max_bytes} bytes.", CLOSE)
     if not body and "upgrade" in request.headers:  # as of `curl --http2`: uvicorn drops the body
         raise HTTPException(400, "Send HTTP/1.1 without the header Upgrade.", CLOSE)
+    return body
+
+
+def parse(body: bytearray) -> ModelRequest:
+    """Return the request in a body; HTTPException 422 if there is none."""
     try:
         encoding = json.detect_encoding(body)  # UTF-8, 16 or 32, with a byte order mark or without
         return ModelRequest.model_validate_json(body.decode(encoding))
@@ -734,6 +740,9 @@ class ModelServer:
         self.model = thread.submit(load_model, settings, max(1, int(cpus))).result()
         self.served = check_deployed(settings, deployed)  # last: the files may have changed since
         self.batcher = Batcher(self.model, settings.max_batch_size, thread)
+        # A short text is never planned behind the long lists of others.
+        self.planner = ThreadPoolExecutor(max_workers=4)
+        self.planner_of_large = ThreadPoolExecutor(max_workers=1)
         self.counters = {name: Counter(name) for name in COUNTERS}
 
     @api.get("/", response_class=HTMLResponse, include_in_schema=False)
@@ -762,13 +771,16 @@ class ModelServer:
         settings = self.settings
         try:
             reading = read(http_request, settings.max_body_bytes)
-            request = await asyncio.wait_for(reading, settings.body_timeout_s)
+            body = await asyncio.wait_for(reading, settings.body_timeout_s)
         except TimeoutError:
             seconds = f"{settings.body_timeout_s:g}"
             raise HTTPException(408, f"No whole body within {seconds} s.", CLOSE) from None
+        request = parse(body)
+        planner = self.planner if len(body) < LARGE_BODY else self.planner_of_large
         try:
             # On a thread: others are answered meanwhile.
-            inputs = await asyncio.to_thread(self.model.plan, request)
+            loop = asyncio.get_running_loop()
+            inputs = await loop.run_in_executor(planner, self.model.plan, request)
         except Refuse as refusal:
             raise HTTPException(refusal.status, str(refusal)) from None
         except Exception as error:

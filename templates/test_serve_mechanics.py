@@ -272,6 +272,20 @@ def test_a_wrong_body_is_told_the_problem_and_the_example(server):
     assert "text: Field required" in message
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_any_encoding_of_json_is_read(server, encoding):
+    body = '{"text": "hé"}'.encode(encoding)
+    assert server.ask(body=body) == loud("hé")
+
+
+def test_a_body_that_is_compressed_or_lost_is_told_so(server):
+    status, answer = server.ask(body=b"abc", **{"Content-Encoding": "gzip"})
+    assert (status, "Content-Encoding" in answer["error"]["message"]) == (415, True)
+    upgrade = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c"}
+    status, answer = server.ask(body={"text": "hello"}, **upgrade)
+    assert (status, "Upgrade" in answer["error"]["message"]) == (400, True)
+
+
 def test_what_the_model_refuses_gets_its_status_and_reason(server):
     status, answer = ask(server, "refuse")
     assert status == 422
@@ -377,6 +391,12 @@ def test_a_full_queue_refuses_at_once_and_takes_what_it_has_room_for(small_serve
     assert status == 200
 
 
+def test_a_list_that_never_fits_is_told_the_limit(small_server):
+    status, answer = ask(small_server, ["hello"] * 7)
+    message = "The request has 7 inputs; the limit is 6."
+    assert (status, answer["error"]["message"]) == (413, message)
+
+
 def test_a_timeout(small_server):
     begin = time.monotonic()
     status, answer = ask(small_server, "wait 9")
@@ -397,17 +417,19 @@ def ask_until_answered(server, text):
 
 def test_health_and_page_while_the_model_is_busy(small_server):
     job = busy(small_server, 3)
-    for path in (ROUTE + "/health", ROUTE):
-        status, _ = small_server.ask(path, method="GET")
-        assert status == 200
+    status, health = small_server.ask(ROUTE + "/health", method="GET")
+    assert (status, set(health)) == (200, {"status", "release", "code", "model"})
+    status, _ = small_server.ask(ROUTE, method="GET")
+    assert status == 200
     assert not job.done()
     status, _ = job.result()
     assert status == 200
 
 
 def test_metrics_begin_with_the_name(app, small_server):
-    ask(small_server, "a text of more than 20 characters")
-    names = {f"ray_{app.NAME}_{part}" for part in ("batch_size", "input_size", "long_texts")}
+    ask(small_server, "hello")
+    parts = ("batch_size", "batches", "inputs", "input_size", "long_texts")
+    names = {f"ray_{app.NAME}_{part}" for part in parts}
     targets = next(Path(small_server.scratch).rglob("prom_metrics_service_discovery.json"))
     end = time.monotonic() + 60
     missing = names
@@ -485,6 +507,18 @@ def test_a_model_that_cannot_be_loaded_is_one_line_with_both_remedies(app, tmp_p
     assert "end.txt" in line
     assert "export_model.py" in line
     assert "model=PATH" in line
+
+
+def test_files_that_have_changed_since_the_deploy_are_refused(app, tmp_path, monkeypatch):
+    write_model(tmp_path / "model")
+    settings = app.Settings(model=str(tmp_path / "model"))
+    deployed = app.identify(settings)
+    assert app.check_deployed(settings, deployed) == deployed
+    (tmp_path / "model/end.txt").write_text("?")
+    with pytest.raises(RuntimeError, match="the model here is .*deploy again"):
+        app.check_deployed(settings, deployed)
+    monkeypatch.setenv("DEPLOYED_FILES", json.dumps(app.identify(settings)))
+    app.check_deployed(settings, deployed)
 
 
 def test_without_known_answers_the_example_is_tried(app, tmp_path, monkeypatch):
@@ -670,11 +704,9 @@ def test_a_text_waits_for_two_batches_at_any_number_of_lists(app, lists, max_bat
             for _ in range(5):
                 now = len(gate.batches)
                 (text,) = batcher.submit(["text"])
-                await step()
-                await step()
-                assert text.done() or max_batch_size == 1
-                await step()
-                assert await text - now <= 2
+                for _ in range(3):
+                    await step()
+                assert text.result() - now <= 2
 
     run_async(ask)
 

@@ -200,7 +200,7 @@ def test_a_replica_that_starts_later_serves_no_other_files(server):
     assert answers(server) == before
 
 
-def test_an_archive_is_loaded_once_for_each_address(server, tmp_path):
+def test_an_archive_is_loaded_once_for_each_address(tmp_path):
     """Ray keeps what it has downloaded from an address; the command says so."""
 
     def write_archive(name, end):
@@ -215,20 +215,22 @@ def test_an_archive_is_loaded_once_for_each_address(server, tmp_path):
                 writer.write(path, Path("app", path.relative_to(scratch)))
         return {"working_dir": f"file://{archive}"}
 
-    write_config(server.folder, runtime_env=write_archive("first.zip", "1"))
-    assert "unchanged" not in deploy(server)
-    first = answers(server)
-    assert first[0] == {"HELLO1"}
-    write_archive("first.zip", "2")
-    said = deploy(server)
-    assert "unchanged: the same replicas still run" in said
-    assert "first.zip (Ray loads an address only once)" in said
-    assert answers(server) == first
-    write_config(server.folder, runtime_env=write_archive("second.zip", "2"))
-    assert "unchanged" not in deploy(server)
-    found, served = answers(server)
-    assert found == {"HELLO2"}
-    assert served != first[1]
-    write_config(server.folder)
-    deploy(server)
-    assert answers(server)[0] == {"HELLO!"}
+    folder = tmp_path / "empty"  # Ray imports first from the folder in which Serve was started
+    folder.mkdir()
+    shutil.copy(TEMPLATES / "check_serve_config.py", folder)
+    write_config(folder, runtime_env=write_archive("first.zip", "1"))
+    with Server(folder, "run", CONFIG, cpus=2, dashboard=True) as server:
+        server.folder = folder
+        server.wait()
+        first = answers(server)
+        assert first[0] == {"HELLO1"}
+        write_archive("first.zip", "2")
+        said = deploy(server)
+        assert "unchanged: the same replicas still run" in said
+        assert "first.zip (Ray loads an address only once)" in said
+        assert answers(server) == first
+        write_config(folder, runtime_env=write_archive("second.zip", "2"))
+        assert "unchanged" not in deploy(server)
+        found, served = answers(server)
+        assert found == {"HELLO2"}
+        assert served != first[1]
