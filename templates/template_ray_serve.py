@@ -371,7 +371,7 @@ def hash_of(folder: Path, pattern: str) -> str:
 
 FIRST_LINE = Path(__file__).read_text("utf-8").partition("\n")[0]
 RELEASE = FIRST_LINE.partition("version ")[2]
-CODE = hash_of(MODEL_FOLDER.parent, "*.py")  # now, while this process reads it
+CODE = hash_of(MODEL_FOLDER.parent, "[!.]*.py")  # now, while this process reads it
 
 
 def identify(settings: Settings) -> dict[str, str]:
@@ -394,8 +394,8 @@ def check_deployed(settings: Settings, deployed: dict[str, str]) -> dict[str, st
         deployed = json.loads(sent)
     for part, right in deployed.items():
         found = served[part]
-        if part == "model" and right == settings.model:
-            continue  # where it was deployed, there was no such folder
+        if settings.model and right == settings.model:
+            continue  # a name: where it was deployed, there was no such folder
         if found != right:
             raise RuntimeError(
                 f"the {part} here is {found!r}, but {right!r} was deployed: deploy again "

@@ -521,6 +521,19 @@ def test_files_that_have_changed_since_the_deploy_are_refused(app, tmp_path, mon
     app.check_deployed(settings, deployed)
 
 
+def test_a_model_that_appears_later_is_refused_unless_its_name_was_deployed(
+    app, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(app, "MODEL_FOLDER", tmp_path / "model")
+    named = app.Settings(model=str(tmp_path / "model"))
+    before = app.identify(named)
+    none = app.identify(app.Settings())
+    write_model(tmp_path / "model")
+    app.check_deployed(named, before)
+    with pytest.raises(RuntimeError, match="but '' was deployed"):
+        app.check_deployed(app.Settings(), none)
+
+
 def test_without_known_answers_the_example_is_tried(app, tmp_path, monkeypatch):
     write_model(tmp_path / "model")
     assert load(app, tmp_path / "model") is None
