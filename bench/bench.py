@@ -30,6 +30,8 @@ from model import texts
 
 HERE = Path(__file__).parent
 CLIENTS, PORT, THREADS = (1, 8, 32, 128), 8123, os.cpu_count() or 1
+LISTS = 4  # of 900 texts, beside single ones
+LISTS_MIX = f"{LISTS} lists"
 RUN_APP = ["-m", "uvicorn", "--host", "127.0.0.1", "--port", str(PORT), "--log-level", "warning"]
 
 
@@ -44,6 +46,8 @@ def template(precision):
             "model": str(folder / "model"),
             "precision": precision,
             "max_new_tokens": 20,
+            "max_request_tokens": 100_000,  # lists of 900 texts
+            "max_queue": 1000 * LISTS,
         }
         deployment = application["deployments"][0]
         deployment["autoscaling_config"].update({"max_replicas": 1})
@@ -167,8 +171,9 @@ class Line:
         )  # a batching endpoint accepts only lists
 
     async def ask(self, text):
-        """Seconds until the answer, and whether it was one."""
-        body = json.dumps({"text": self.form(text)}).encode()
+        """Seconds until the answer, and whether it was one; a list of texts is sent as it is."""
+        content = self.form(text) if isinstance(text, str) else text
+        body = json.dumps({"text": content}).encode()
         begin = time.perf_counter()
         try:
             if self.writer is None:
@@ -245,6 +250,25 @@ async def open_loop(server, rate, seconds):
     return figures(times, rate)
 
 
+async def beside_lists(server, seconds):
+    """The same for one client that sends single texts, beside others that send lists of 900."""
+    many, found = itertools.cycle(texts("mixed")), []
+
+    async def send_lists(line):
+        while True:
+            await line.ask(list(itertools.islice(many, 900)))
+
+    others = [asyncio.create_task(send_lists(Line(server))) for _ in range(LISTS)]
+    await asyncio.sleep(5)  # until the lists are in work
+    line = Line(server)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or not found:
+        found.append(await line.ask(next(many)))
+    for other in others:
+        other.cancel()
+    return figures(found, len(found) / seconds)
+
+
 def measure(name, folder, clients, seconds, rates):
     """Yield the results of one server, started for this."""
     if name == "limit":
@@ -265,6 +289,8 @@ def measure(name, folder, clients, seconds, rates):
         if name in rates:
             result = asyncio.run(open_loop(name, rates[name], 3 * seconds))
             yield {"server": name, "clients": 0, "mix": "80 % load", **result}
+            result = asyncio.run(beside_lists(name, 3 * seconds))
+            yield {"server": name, "clients": 1, "mix": LISTS_MIX, **result}
 
 
 def merged(results):
@@ -307,6 +333,12 @@ def ratios(table):
             yield f"{name}, equal lengths against mixed ones", rate(name) / rate(name, mix="mixed")
             loaded = at[name, 0, "80 % load"]
             yield f"{name} at 80 % load, p99 against p50", loaded["p99_ms"] / loaded["p50_ms"]
+            beside, batch = at[name, 1, LISTS_MIX], 32 / rate(limit)
+            for part in ("p50", "p99"):
+                yield (
+                    f"{name} beside {LISTS} lists of 900, {part} of a text in full batches",
+                    beside[f"{part}_ms"] / 1000 / batch,
+                )
     for server in SERVERS:
         if (
             not server.startswith("template")

@@ -5,16 +5,18 @@
     python check_serve_config.py serve_config.yaml --deploy http://127.0.0.1:8265
 
 Exit code 0: valid. 1: one line per problem. Ray ignores keys that it does not know, and finds other
-problems only when it deploys. With --deploy, the command waits until the applications are RUNNING;
-if that fails, it ends with 1 and the application's own message. Where Ray asks for its token
-(`serve run` does since 2.60), set RAY_AUTH_MODE=token.
+problems only when it deploys. With --deploy, the command waits until the applications are RUNNING,
+with the code and the model of this folder, and says what it changed; if that fails, it ends with 1
+and the application's own message. Where Ray asks for its token (`serve run` does since 2.60), set
+RAY_AUTH_MODE=token.
 """
 
 import argparse
+import json
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -120,15 +122,22 @@ def check_timeouts(deployment: dict, timeout: float) -> Problems:
         yield "graceful_shutdown_timeout_s", "is less than request_timeout_s"
 
 
+def build(application: dict) -> list[Any]:
+    """Return the deployments of an application, as its code makes them."""
+    target = import_attr(application["import_path"])
+    arguments = application.get("args", {})
+    app = call_builder(target, arguments)
+    return build_app(app, name="check").deployments
+
+
 def check_code(application: dict) -> Problems:
     """Import the application, and compare its deployments with those of the config."""
     path = application["import_path"]
     key = "import_path"
     try:
-        target = import_attr(path)
+        import_attr(path)
         key = "args"
-        app = call_builder(target, application.get("args", {}))
-        built = build_app(app, name="check").deployments
+        built = build(application)
     except Exception as error:
         yield key, last_line(error)
         return
@@ -181,27 +190,77 @@ def check(config: Any) -> list[str]:
     return [f"{path}: {problem}".lstrip(": ") for path, problem in problems.items()]
 
 
+def add_files(application: dict) -> dict[str, str]:
+    """Put hashes of code and model into the config of an application, and return them.
+
+    Ray ignores a config that it has seen before, whatever files there are now. The app compares
+    the hashes with what it loads.
+    """
+    runtime_env = application.setdefault("runtime_env", {})
+    if NO_OWN_CODE & runtime_env.keys():
+        return {}
+    for deployment in build(application):
+        for argument in deployment.init_args:
+            if isinstance(argument, dict) and "code" in argument:  # as template_ray_serve.py
+                variables = runtime_env.setdefault("env_vars", {})
+                variables["DEPLOYED_FILES"] = json.dumps(argument)
+                return argument
+    return {}
+
+
+def replicas(application: dict) -> set[str]:
+    """Return the ids of the replicas that answer."""
+    found = set()
+    for deployment in application.get("deployments", {}).values():
+        for replica in deployment["replicas"]:
+            if replica["state"] == "RUNNING":
+                found.add(replica["replica_id"])
+    return found
+
+
+def report(application: dict, files: dict[str, str], old: set[str], new: set[str]) -> str:
+    """Return what runs of an application, and whether it ran before the deploy."""
+    text = application["name"]
+    for part, value in files.items():
+        text += f", {part} {value}"
+    runtime_env = application["runtime_env"]
+    for key in NO_OWN_CODE & runtime_env.keys():
+        text += f", {key} {runtime_env[key]} (Ray loads an address only once)"
+    if old and old <= new:
+        text += ", unchanged: the same replicas still run"
+    return text
+
+
 def deploy(config: dict, address: str, timeout: float) -> list[str]:
-    """Deploy, and wait until every application is RUNNING; return what went wrong, if anything."""
+    """Deploy, and wait until each application is RUNNING; return a report of each."""
     client = ServeSubmissionClient(address)
+    applications = {application["name"]: application for application in config["applications"]}
+    files = {name: add_files(application) for name, application in applications.items()}
+    before = client.get_serve_details()["applications"]
     client.deploy_applications(config)
-    names = [application["name"] for application in config["applications"]]
     state = ""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         time.sleep(0.5)
         details = client.get_serve_details()["applications"]
-        applications = [details.get(name, {}) for name in names]
-        statuses = {application.get("status") for application in applications}
+        now = {name: details.get(name, {}) for name in applications}
+        statuses = {application.get("status") for application in now.values()}
         if statuses == {"RUNNING"}:
-            return []
-        state = messages(applications)
+            break
+        state = messages(now.values())
         if statuses & {"DEPLOY_FAILED", "UNHEALTHY"}:
-            return [state]
-    return [f"not running after {timeout:g} s. {state}"]
+            raise RuntimeError(state)
+    else:
+        raise TimeoutError(f"not running after {timeout:g} s. {state}")
+    reports = []
+    for name, application in applications.items():
+        old = replicas(before.get(name, {}))
+        new = replicas(now[name])
+        reports.append(report(application, files[name], old, new))
+    return reports
 
 
-def messages(applications: list[dict]) -> str:
+def messages(applications: Iterable[dict]) -> str:
     """Return what the deployments and the applications report, in one line."""
     reports = []
     for application in applications:
@@ -223,17 +282,19 @@ def main() -> None:
     )
     parser.add_argument("--timeout", type=float, default=120, help="seconds to wait, default 120")
     arguments = parser.parse_args()
+    running = ""
     try:
         config = yaml.safe_load(arguments.file.read_text("utf-8"))
         problems = check(config)
         if arguments.deploy and not problems:
-            problems = deploy(config, arguments.deploy, arguments.timeout)
+            reports = deploy(config, arguments.deploy, arguments.timeout)
+            running = ", and running: " + "; ".join(reports)
     except Exception as error:
         problems = [" ".join(str(error).split())]
     lines = [f"{arguments.file}: {problem}" for problem in problems]
     if lines:
         sys.exit("\n".join(lines))
-    print(f"{arguments.file}: valid" + (", and running" if arguments.deploy else ""))
+    print(f"{arguments.file}: valid{running}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 """Start a command in the image of Dockerfile-rayserve; `serve run CONFIG` as a container should.
 
     python rayserve_entrypoint.py serve run serve_config.yaml
-    python rayserve_entrypoint.py health serve_config.yaml      0 if the app answers its own example
+    python rayserve_entrypoint.py health serve_config.yaml    0 if the app answers its own
+                                                              example, or is busy
 
 An invalid config stops it at once and prints the reason. On SIGTERM or SIGINT it accepts no new
 requests and exits after answering those in flight; `serve run` alone would drop them.
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -22,20 +24,28 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def check_health(config_file: str) -> None:
-    """Send each app the example from its own description; raise an error unless it answers."""
+    """Send each app the example from its own description; raise an error unless it answers.
+
+    One that refuses it because it is busy has to say itself that its model works.
+    """
     import yaml
 
     config = yaml.safe_load(Path(config_file).read_text("utf-8"))
     port = config["http_options"].get("port", 8000)
+    limit = config["http_options"].get("request_timeout_s", 60)
     for application in config["applications"]:
         route = application.get("route_prefix", "/").rstrip("/")
         url = f"http://127.0.0.1:{port}{route}"
-        with urllib.request.urlopen(f"{url}/openapi.json", timeout=4) as reply:
+        with urllib.request.urlopen(f"{url}/openapi.json", timeout=limit) as reply:
             described = json.load(reply)["paths"]["/"]["post"]["requestBody"]["content"]
         body = json.dumps(described["application/json"]["example"]).encode()
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=5):
-            pass
+        try:
+            urllib.request.urlopen(request, timeout=limit).close()
+        except urllib.error.HTTPError as error:
+            if error.code != 503:
+                raise
+            urllib.request.urlopen(f"{url}/health", timeout=limit).close()
 
 
 def drain() -> None:

@@ -16,11 +16,14 @@ replace your work (section 2); mechanics, page and server (sections 3 to 5) work
 
 import asyncio
 import contextlib
+import hashlib
 import html
 import json
 import logging
+import os
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +62,7 @@ class Settings(BaseModel):
 
     model: str = Field("", description="Folder or hub name; empty: `model/` beside this file")
     max_batch_size: int = Field(32, ge=1, le=1024, description="Inputs in one call of the model")
-    max_queue: int = Field(256, ge=1, description="Waiting inputs; at that many, requests get 503")
+    max_queue: int = Field(1000, ge=1, description="Waiting inputs; beyond it, requests get 503")
     max_body_bytes: int = Field(256 * 1024, ge=1, description="A larger body gets 413")
     body_timeout_s: float = Field(10, gt=0, description="A body that takes longer gets 408")
     timeout_s: float = Field(50, gt=0, description="A request that takes longer gets 504")
@@ -656,6 +659,54 @@ def describe(error: ValidationError, fields: Any = None) -> str:
     return "; ".join(problems)
 
 
+def hash_of(folder: Path, pattern: str) -> str:
+    """Return a short hash of the names and the contents of the files that match in a folder."""
+    whole = hashlib.sha256()
+    for path in sorted(folder.glob(pattern)):
+        if path.is_file():
+            name = path.relative_to(folder).as_posix()
+            whole.update(name.encode())
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256")
+            whole.update(content.digest())
+    return whole.hexdigest()[:12]
+
+
+FIRST_LINE = Path(__file__).read_text("utf-8").partition("\n")[0]
+RELEASE = FIRST_LINE.partition("version ")[2]
+CODE = hash_of(MODEL_FOLDER.parent, "[!.]*.py")  # now, while this process reads it
+
+
+def identify(settings: Settings) -> dict[str, str]:
+    """Return what is served: the release of this file, and hashes of the code and of the model."""
+    folder = Path(settings.model or MODEL_FOLDER)
+    model = settings.model
+    if folder.is_dir():
+        model = hash_of(folder, "**/[!.]*")
+    return {"release": RELEASE, "code": CODE, "model": model}
+
+
+def check_deployed(settings: Settings, deployed: dict[str, str]) -> dict[str, str]:
+    """Return what this process serves; RuntimeError if something else was deployed.
+
+    So a replica that starts later never serves other files than those before it.
+    """
+    served = identify(settings)
+    sent = os.environ.get("DEPLOYED_FILES")  # by check_serve_config.py --deploy
+    if sent:
+        deployed = json.loads(sent)
+    for part, right in deployed.items():
+        found = served[part]
+        if settings.model and right == settings.model:
+            continue  # a name: where it was deployed, there was no such folder
+        if found != right:
+            raise RuntimeError(
+                f"the {part} here is {found!r}, but {right!r} was deployed: deploy again "
+                "(check_serve_config.py --deploy), or restart the server"
+            )
+    return served
+
+
 def load_model(settings: Settings, threads: int) -> Model:
     """Return a model that gives its known answers; RuntimeError, in one line, if there is none."""
     name = settings.model or (str(MODEL_FOLDER) if MODEL_FOLDER.is_dir() else "")
@@ -694,30 +745,65 @@ def as_json(value: BaseModel) -> str:
     return value.model_dump_json(exclude_defaults=True)
 
 
+class Counter(metrics.Counter):
+    """A counter of the app, which Prometheus sees from the start, at 0."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{NAME}_{name}")
+        self._record(0)  # `inc` takes no 0
+
+    def add(self, number: int) -> None:
+        if number:
+            self.inc(number)
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """An input in the queue."""
+
+    item: Any
+    size: int
+    rank: int
+    request: list[Any]  # all inputs of its request
+
+
+def rank_of(inputs: list[Any]) -> int:
+    """Return the rank of a request: the same for 1 input, for 2 to 3, 4 to 7, 8 to 15 and so on."""
+    return len(inputs).bit_length()
+
+
 class Batcher:
-    """Runs the model on one thread, each time on the inputs that came in while it was busy."""
+    """Runs the model on one thread, each time on inputs that came in while it was busy."""
 
     def __init__(self, model: Model, max_batch_size: int, thread: ThreadPoolExecutor) -> None:
         self.model = model
         self.max_batch_size = max_batch_size
         self.thread = thread
-        self.waiting: dict[asyncio.Future, Any] = {}  # the input for each output to come
+        self.waiting: dict[asyncio.Future, Waiting] = {}  # for each output to come, oldest first
         self.newest = 0.0  # when the last input came
+        self.busy_since: float | None = None
+        self.share = 0.0  # places in the next batch that are kept for the oldest request
         self.worker: asyncio.Task | None = None
         self.batch_size = metrics.Histogram(
             f"{NAME}_batch_size", boundaries=[1, 2, 4, 8, 16, 32, 64, 128]
         )
-        self.input_size = metrics.Counter(f"{NAME}_input_size")
+        self.batches = Counter("batches")
+        self.inputs = Counter("inputs")
+        self.input_size = Counter("input_size")
 
-    def submit(self, item: Any) -> asyncio.Future:
-        """Queue an input; cancel the returned future to drop it from the queue."""
+    def submit(self, inputs: list[Any]) -> list[asyncio.Future]:
+        """Queue the inputs of a request; cancel a returned future to drop it from the queue."""
         loop = asyncio.get_running_loop()
-        output = loop.create_future()
+        rank = rank_of(inputs)
+        outputs: list[asyncio.Future] = []
+        for item in inputs:
+            output = loop.create_future()
+            self.waiting[output] = Waiting(item, self.model.size(item), rank, inputs)
+            outputs.append(output)
         self.newest = loop.time()
-        self.waiting[output] = item
-        if self.worker is None or self.worker.done():
+        if self.waiting and (self.worker is None or self.worker.done()):
             self.worker = asyncio.create_task(self.work())
-        return output
+        return outputs
 
     def drop_cancelled(self) -> int:
         """Drop the inputs whose clients have left; return how many still wait."""
@@ -726,32 +812,69 @@ class Batcher:
                 del self.waiting[output]
         return len(self.waiting)
 
+    def ahead_of(self, inputs: list[Any]) -> int:
+        """Return how many inputs wait whose requests are not larger: they go first."""
+        self.drop_cancelled()
+        largest = rank_of(inputs)
+        ranks = [waiting.rank for waiting in self.waiting.values()]
+        return sum(rank <= largest for rank in ranks)
+
+    def seconds_busy(self) -> float:
+        """Return how long the model has been at work on its batch; 0 if it is idle."""
+        if self.busy_since is None:
+            return 0.0
+        loop = asyncio.get_running_loop()
+        return loop.time() - self.busy_since
+
     async def work(self) -> None:
         """Run batches until no input waits."""
         loop = asyncio.get_running_loop()
         while self.drop_cancelled():
             batch = self.next_batch()
-            items = list(batch.values())
-            begin = loop.time()
+            taken = list(batch.values())
+            items = [waiting.item for waiting in taken]
+            self.busy_since = loop.time()
             results = await loop.run_in_executor(self.thread, self.run, items)
+            seconds = self.seconds_busy()
+            self.busy_since = None
             for output, result in zip(batch, results):
                 if not output.done():
                     output.set_result(result)
-            self.batch_size.observe(len(batch))
-            self.input_size.inc(sum(map(self.model.size, items)))
-            seconds = loop.time() - begin
+            self.count(taken)
             await self.wait_for_returning_clients(len(batch), seconds)
 
-    def next_batch(self) -> dict[asyncio.Future, Any]:
-        """Take the input that has waited longest and those nearest in size: little is padded."""
-        longest_waiting = next(iter(self.waiting.values()))
-        size = self.model.size(longest_waiting)
+    def count(self, batch: list[Waiting]) -> None:
+        """Add a batch to the metrics."""
+        size = sum(waiting.size for waiting in batch)
+        self.batch_size.observe(len(batch))
+        self.batches.add(1)
+        self.inputs.add(len(batch))
+        self.input_size.add(size)
 
-        def difference(output: asyncio.Future) -> int:
-            return abs(self.model.size(self.waiting[output]) - size)
+    def next_batch(self) -> dict[asyncio.Future, Waiting]:
+        """Take inputs of small requests first, and among them those of like size.
 
-        nearest = sorted(self.waiting, key=difference)
-        chosen = nearest[: self.max_batch_size]
+        So a text never waits for the lists of others, and little is padded. A quarter of all
+        places belongs to the request that has waited longest: no large one waits forever.
+        """
+        first = min(self.waiting.values(), key=lambda waiting: waiting.rank)
+        oldest = next(iter(self.waiting.values()))
+
+        def order(output: asyncio.Future) -> tuple[int, int]:
+            waiting = self.waiting[output]
+            difference = waiting.size - first.size
+            return waiting.rank, abs(difference)
+
+        ordered = sorted(self.waiting, key=order)
+        of_oldest: list[asyncio.Future] = []
+        for output in ordered:
+            if self.waiting[output].request is oldest.request:
+                of_oldest.append(output)
+        self.share += self.max_batch_size / 4
+        kept = of_oldest[: int(self.share)]
+        self.share %= 1
+        unique = list(dict.fromkeys(kept + ordered))
+        chosen = unique[: self.max_batch_size]
         return {output: self.waiting.pop(output) for output in chosen}
 
     def run(self, batch: list[Any]) -> list[Any]:
@@ -917,21 +1040,34 @@ async def error_response(_: Request, error: StarletteHTTPException) -> JSONRespo
     return JSONResponse(body, error.status_code, error.headers)
 
 
+LARGE_BODY = 10_000  # bytes
 CLOSE = {"Connection": "close"}  # instead of reading the rest of a body that is refused
 
 
-async def read(request: Request, max_bytes: int) -> ModelRequest:
-    """Return the body of a request; HTTPException 413, 415 or 422 if it cannot be used."""
+async def read(request: Request, max_bytes: int) -> bytearray:
+    """Return the body of a request; HTTPException 400, 413 or 415 if it cannot be used."""
     content_type = request.headers.get("content-type", "application/json")
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "Send JSON with the header Content-Type: application/json.")
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise HTTPException(415, "Send the body uncompressed, without Content-Encoding.")
     body = bytearray()
     async for part in request.stream():
         body += part
         if len(body) > max_bytes:
             raise HTTPException(413, f"The body is larger than {max_bytes} bytes.", CLOSE)
+    if not body and "upgrade" in request.headers:  # as of `curl --http2`: uvicorn drops the body
+        raise HTTPException(400, "Send HTTP/1.1 without the header Upgrade.", CLOSE)
+    return body
+
+
+def parse(body: bytearray) -> ModelRequest:
+    """Return the request in a body; HTTPException 422 if there is none."""
     try:
-        return ModelRequest.model_validate_json(bytes(body))
+        encoding = json.detect_encoding(body)  # UTF-8, 16 or 32, with a byte order mark or without
+        return ModelRequest.model_validate_json(body.decode(encoding))
+    except UnicodeDecodeError:
+        raise HTTPException(422, "The body is not UTF-8.") from None
     except ValidationError as error:
         problems = describe(error, ModelRequest.model_fields)
         raise HTTPException(422, f"{problems}. Send JSON like {json.dumps(EXAMPLE)}.") from None
@@ -949,7 +1085,7 @@ def model_failed(error: Exception) -> HTTPException:
 # The app refuses requests before Ray does: max_ongoing_requests is above max_queue. The short
 # backoff keeps Ray's router from sending only a few requests a second when replicas are full.
 @serve.deployment(
-    max_ongoing_requests=320,
+    max_ongoing_requests=1100,
     max_queued_requests=256,
     max_constructor_retry_count=1,  # a model that cannot be loaded is not tried again
     request_router_config={"initial_backoff_s": 0.002, "max_backoff_s": 0.01},
@@ -959,15 +1095,19 @@ def model_failed(error: Exception) -> HTTPException:
 class ModelServer:
     """A replica: one model, which answers over HTTP."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, deployed: dict[str, str]) -> None:
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
         # One thread loads and runs the model: each thread that calls torch has OpenMP threads of
         # its own, and two teams of them slow each other down.
         thread = ThreadPoolExecutor(max_workers=1)
         self.settings = settings
         self.model = thread.submit(load_model, settings, max(1, int(cpus))).result()
+        self.served = check_deployed(settings, deployed)  # last: the files may have changed since
         self.batcher = Batcher(self.model, settings.max_batch_size, thread)
-        self.counters = {name: metrics.Counter(f"{NAME}_{name}") for name in COUNTERS}
+        # A short text is never planned behind the long lists of others.
+        self.planner = ThreadPoolExecutor(max_workers=4)
+        self.planner_of_large = ThreadPoolExecutor(max_workers=1)
+        self.counters = {name: Counter(name) for name in COUNTERS}
 
     @api.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page(self) -> str:
@@ -977,8 +1117,13 @@ class ModelServer:
         return page.replace("EXAMPLE", html.escape(example))
 
     @api.get("/health")
+    @api.head("/health", include_in_schema=False)
     async def health(self) -> dict[str, str]:
-        return {"status": "ok"}
+        """Answer at once, also while the model is busy, unless it is stuck."""
+        limit = self.settings.timeout_s
+        if self.batcher.seconds_busy() > limit:
+            raise HTTPException(503, f"One batch has taken longer than {limit:g} seconds.")
+        return {"status": "ok", **self.served}
 
     @api.post(
         "/",
@@ -991,21 +1136,27 @@ class ModelServer:
         settings = self.settings
         try:
             reading = read(http_request, settings.max_body_bytes)
-            request = await asyncio.wait_for(reading, settings.body_timeout_s)
+            body = await asyncio.wait_for(reading, settings.body_timeout_s)
         except TimeoutError:
             seconds = f"{settings.body_timeout_s:g}"
             raise HTTPException(408, f"No whole body within {seconds} s.", CLOSE) from None
+        request = parse(body)
+        planner = self.planner if len(body) < LARGE_BODY else self.planner_of_large
         try:
             # On a thread: others are answered meanwhile.
-            inputs = await asyncio.to_thread(self.model.plan, request)
+            loop = asyncio.get_running_loop()
+            inputs = await loop.run_in_executor(planner, self.model.plan, request)
         except Refuse as refusal:
             raise HTTPException(refusal.status, str(refusal)) from None
         except Exception as error:
             raise model_failed(error) from None
-        if inputs and self.batcher.drop_cancelled() >= settings.max_queue:
+        limit = settings.max_queue
+        if len(inputs) > limit:
+            raise HTTPException(413, f"The request has {len(inputs)} inputs; the limit is {limit}.")
+        if inputs and self.batcher.ahead_of(inputs) + len(inputs) > limit:
             message = "Too many requests are waiting; try again soon."
             raise HTTPException(503, message, {"Retry-After": "1"})
-        results = asyncio.gather(*[self.batcher.submit(item) for item in inputs])
+        results = asyncio.gather(*self.batcher.submit(inputs))
         try:
             # A timeout, or a client that leaves, cancels what has not reached the model.
             outputs = await asyncio.wait_for(results, settings.timeout_s)
@@ -1020,14 +1171,13 @@ class ModelServer:
         except Exception as error:
             raise model_failed(error) from None
         for name, counter in self.counters.items():
-            if number := getattr(response, name):
-                counter.inc(number)
+            counter.add(getattr(response, name))
         return response
 
 
 def build(args: Settings) -> serve.Application:
     """Return the application, with `key=value` of `serve run` or `args` of a config."""
-    return ModelServer.bind(args)  # type: ignore[attr-defined]
+    return ModelServer.bind(args, identify(args))  # type: ignore[attr-defined]
 
 
 translator_app = build(Settings())

@@ -9,6 +9,7 @@ your work, see test_template_ray_serve.py.
 
 import ast
 import asyncio
+import contextlib
 import html
 import json
 import os
@@ -161,6 +162,20 @@ def test_a_wrong_body_is_told_the_problem_and_the_example(server):
     assert "text: Field required" in message
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_any_encoding_of_json_is_read(server, encoding):
+    body = '{"text": "hé"}'.encode(encoding)
+    assert server.ask(body=body) == loud("hé")
+
+
+def test_a_body_that_is_compressed_or_lost_is_told_so(server):
+    status, answer = server.ask(body=b"abc", **{"Content-Encoding": "gzip"})
+    assert (status, "Content-Encoding" in answer["error"]["message"]) == (415, True)
+    upgrade = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c"}
+    status, answer = server.ask(body={"text": "hello"}, **upgrade)
+    assert (status, "Upgrade" in answer["error"]["message"]) == (400, True)
+
+
 def test_what_the_model_refuses_gets_its_status_and_reason(server):
     status, answer = ask(server, "refuse")
     assert status == 422
@@ -266,6 +281,12 @@ def test_a_full_queue_refuses_at_once_and_takes_what_it_has_room_for(small_serve
     assert status == 200
 
 
+def test_a_list_that_never_fits_is_told_the_limit(small_server):
+    status, answer = ask(small_server, ["hello"] * 7)
+    message = "The request has 7 inputs; the limit is 6."
+    assert (status, answer["error"]["message"]) == (413, message)
+
+
 def test_a_timeout(small_server):
     begin = time.monotonic()
     status, answer = ask(small_server, "wait 9")
@@ -286,17 +307,19 @@ def ask_until_answered(server, text):
 
 def test_health_and_page_while_the_model_is_busy(small_server):
     job = busy(small_server, 3)
-    for path in (ROUTE + "/health", ROUTE):
-        status, _ = small_server.ask(path, method="GET")
-        assert status == 200
+    status, health = small_server.ask(ROUTE + "/health", method="GET")
+    assert (status, set(health)) == (200, {"status", "release", "code", "model"})
+    status, _ = small_server.ask(ROUTE, method="GET")
+    assert status == 200
     assert not job.done()
     status, _ = job.result()
     assert status == 200
 
 
 def test_metrics_begin_with_the_name(app, small_server):
-    ask(small_server, "a text of more than 20 characters")
-    names = {f"ray_{app.NAME}_{part}" for part in ("batch_size", "input_size", "long_texts")}
+    ask(small_server, "hello")
+    parts = ("batch_size", "batches", "inputs", "input_size", "long_texts")
+    names = {f"ray_{app.NAME}_{part}" for part in parts}
     targets = next(Path(small_server.scratch).rglob("prom_metrics_service_discovery.json"))
     end = time.monotonic() + 400
     missing = names
@@ -374,6 +397,31 @@ def test_a_model_that_cannot_be_loaded_is_one_line_with_both_remedies(app, tmp_p
     assert "end.txt" in line
     assert "export_model.py" in line
     assert "model=PATH" in line
+
+
+def test_files_that_have_changed_since_the_deploy_are_refused(app, tmp_path, monkeypatch):
+    write_model(tmp_path / "model")
+    settings = app.Settings(model=str(tmp_path / "model"))
+    deployed = app.identify(settings)
+    assert app.check_deployed(settings, deployed) == deployed
+    (tmp_path / "model/end.txt").write_text("?")
+    with pytest.raises(RuntimeError, match="the model here is .*deploy again"):
+        app.check_deployed(settings, deployed)
+    monkeypatch.setenv("DEPLOYED_FILES", json.dumps(app.identify(settings)))
+    app.check_deployed(settings, deployed)
+
+
+def test_a_model_that_appears_later_is_refused_unless_its_name_was_deployed(
+    app, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(app, "MODEL_FOLDER", tmp_path / "model")
+    named = app.Settings(model=str(tmp_path / "model"))
+    before = app.identify(named)
+    none = app.identify(app.Settings())
+    write_model(tmp_path / "model")
+    app.check_deployed(named, before)
+    with pytest.raises(RuntimeError, match="but '' was deployed"):
+        app.check_deployed(app.Settings(), none)
 
 
 def test_without_known_answers_the_example_is_tried(app, tmp_path, monkeypatch):
@@ -454,13 +502,16 @@ class Spy:
 
 
 def outputs_of(app, spy, inputs, cancelled=()):
-    """Return what a Batcher makes of inputs that come while the model is busy with [0]."""
+    """Return what a Batcher makes of inputs that come while the model is busy with [0].
+
+    Each is a request of its own.
+    """
 
     async def submit_all():
         batcher = app.Batcher(spy, max_batch_size=4, thread=ThreadPoolExecutor(1))
-        first = batcher.submit([0])
+        (first,) = batcher.submit([[0]])
         await asyncio.sleep(0.01)
-        outputs = [batcher.submit(numbers) for numbers in inputs]
+        outputs = [batcher.submit([numbers])[0] for numbers in inputs]
         for number in cancelled:
             outputs[number].cancel()
         await first
@@ -499,6 +550,92 @@ def test_a_cancelled_input_never_reaches_the_model(app):
     assert isinstance(outputs[0], asyncio.CancelledError)
     assert outputs[1] == 2
     assert spy.batches == [[[0]], [[2]]]
+
+
+class Gate:
+    """A model whose every batch waits until it is let through; outputs are the batch's number."""
+
+    def __init__(self):
+        self.batches = []
+        self.open = threading.Semaphore(0)
+
+    def size(self, item):
+        return len(item)
+
+    def __call__(self, batch):
+        self.batches.append(batch)
+        assert self.open.acquire(timeout=60)
+        return [len(self.batches)] * len(batch)
+
+
+@contextlib.asynccontextmanager
+async def gated(app, max_batch_size):
+    """Give a Batcher that works on one batch already, and a function that ends one batch."""
+    gate = Gate()
+    batcher = app.Batcher(gate, max_batch_size, ThreadPoolExecutor(1))
+    batcher.submit(["first"])
+
+    async def begun(number):
+        while len(gate.batches) < number:
+            await asyncio.sleep(0.001)
+
+    async def step():
+        number = len(gate.batches)
+        gate.open.release()
+        await begun(number + 1)
+
+    await begun(1)
+    yield batcher, gate, step
+    for output in list(batcher.waiting):
+        output.cancel()
+    gate.open.release()
+    await batcher.worker
+
+
+def run_async(function):
+    asyncio.run(asyncio.wait_for(function(), timeout=60))
+
+
+@pytest.mark.parametrize("lists", [1, 4, 16, 64])
+@pytest.mark.parametrize("max_batch_size", [1, 8, 32])
+def test_a_text_waits_for_two_batches_at_any_number_of_lists(app, lists, max_batch_size):
+    async def ask():
+        async with gated(app, max_batch_size) as (batcher, gate, step):
+            for _ in range(lists):
+                batcher.submit(["list"] * 900)
+            await step()
+            for _ in range(5):
+                now = len(gate.batches)
+                (text,) = batcher.submit(["text"])
+                for _ in range(3):
+                    await step()
+                assert text.result() - now <= 2
+
+    run_async(ask)
+
+
+def test_no_list_waits_forever_for_texts(app):
+    async def ask():
+        async with gated(app, 8) as (batcher, gate, step):
+            outputs = batcher.submit(["list"] * 20)
+            for _ in range(12):
+                for _ in range(8):
+                    batcher.submit(["text"])
+                await step()
+            assert all(output.done() for output in outputs)
+
+    run_async(ask)
+
+
+def test_what_goes_before_a_request_are_requests_that_are_not_larger(app):
+    async def ask():
+        async with gated(app, 8) as (batcher, *_):
+            for number in (1, 1, 3, 900):
+                batcher.submit(["text"] * number)
+            ahead = {number: batcher.ahead_of(["text"] * number) for number in (1, 2, 8, 900)}
+            assert ahead == {1: 2, 2: 5, 8: 5, 900: 905}
+
+    run_async(ask)
 
 
 # -- serve_config.yaml -----------------------------------------------------------------------------

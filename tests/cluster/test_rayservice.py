@@ -168,6 +168,17 @@ def test_table_of_sizes_counts_right():
         assert (for_50, for_200) == (math.ceil(50 / (0.8 * rate)), math.ceil(200 / (0.8 * rate)))
 
 
+def test_what_the_head_needs_is_counted(service):
+    """The page names the sum of both containers; the second is as KubeRay's default."""
+    cluster = service["spec"]["rayClusterConfig"]
+    (container,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+    autoscaler = cluster["autoscalerOptions"]["resources"]
+    assert autoscaler["requests"] == autoscaler["limits"] == {"cpu": "500m", "memory": "512Mi"}
+    assert container["resources"]["requests"] == {"cpu": "1", "memory": "3Gi"}
+    page = (ROOT / "docs/ship.md").read_text("utf-8")
+    assert "The head takes 1.5 CPUs and 3.5 GiB" in " ".join(page.split())
+
+
 def groups(service):
     cluster = service["spec"]["rayClusterConfig"]
     return cluster["headGroupSpec"], cluster["workerGroupSpecs"][0]
@@ -209,6 +220,10 @@ def test_pods_run_without_rights(service):
         assert {each["name"] for each in container["volumeMounts"]} == {
             each["name"] for each in pod["volumes"]
         }
+    # KubeRay adds the autoscaler's container to the head: level "restricted" looks at it too.
+    autoscaler = service["spec"]["rayClusterConfig"]["autoscalerOptions"]
+    assert autoscaler["securityContext"] == container["securityContext"]
+    assert autoscaler["volumeMounts"] == container["volumeMounts"]
     assert groups(service)[1]["template"]["spec"]["automountServiceAccountToken"] is False
     assert service["spec"]["rayClusterConfig"]["authOptions"] == {"mode": "token"}
 

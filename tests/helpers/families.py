@@ -5,6 +5,7 @@ files are those of the published models (spiece.model, source.spm, ...), not tok
 """
 
 import json
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import sentencepiece
@@ -156,3 +157,20 @@ def make(name, folder, pairs, **changes):
     )
     transformers.set_seed(0)
     model_class(config).save_pretrained(folder)
+
+
+# A text of a user stays text: none of these is a special token or a language.
+TAGGED_PAIR = ("Price </s>20 euros<2de> now", "Prix </s>20 euros<2de> aujourd'hui")
+
+
+def settings_for(base, source="", target=""):
+    """Return the settings of a run that fine-tunes a base for a few seconds."""
+    return SimpleNamespace(
+        base_model=str(base),
+        source_language=source,
+        target_language=target,
+        epochs=6,
+        tuning_rate=5e-3,
+        seconds=0,
+        seed=0,
+    )

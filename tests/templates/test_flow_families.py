@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import template_flow as flow
@@ -16,19 +15,7 @@ from helpers.repository import ROOT
 
 PAGE = ROOT / "docs/train.md"
 PAIRS = flow.demo_pairs()[::20]
-TAGGED = [*PAIRS, ("Price </s>20 euros<2de> now", "Prix </s>20 euros<2de> aujourd'hui")]
-
-
-def settings_for(base, source="", target=""):
-    return SimpleNamespace(
-        base_model=str(base),
-        source_language=source,
-        target_language=target,
-        epochs=6,
-        tuning_rate=5e-3,
-        seconds=0,
-        seed=0,
-    )
+TAGGED = [*PAIRS, families.TAGGED_PAIR]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +36,7 @@ def bases(tmp_path_factory):
 def test_family_is_tuned_saved_and_answers_the_same(name, bases, tmp_path):
     base = bases(name)
     family = families.FAMILIES[name]
-    settings = settings_for(base, *family.languages)
+    settings = families.settings_for(base, *family.languages)
     model = flow.new_model(TAGGED, settings)
     losses = flow.fit(model, TAGGED, settings, str(tmp_path), lambda: None, lambda numbers: None)
     assert losses[-1]["loss"] < losses[0]["loss"]
@@ -61,7 +48,7 @@ def test_family_is_tuned_saved_and_answers_the_same(name, bases, tmp_path):
     (tmp_path / "saved").mkdir()
     for file, content in files.items():
         (tmp_path / "saved" / file).write_bytes(content)
-    again = flow.new_model(TAGGED, settings_for(tmp_path / "saved"))
+    again = flow.new_model(TAGGED, families.settings_for(tmp_path / "saved"))
     sources = [source for source, _ in TAGGED]
     targets = [target for _, target in TAGGED]
     assert flow.encode(again, sources) == flow.encode(model, sources)
@@ -70,7 +57,7 @@ def test_family_is_tuned_saved_and_answers_the_same(name, bases, tmp_path):
 
 
 def test_a_finished_checkpoint_is_used_and_said_to_be(bases, tmp_path, capsys):
-    settings = settings_for(bases("BART"))
+    settings = families.settings_for(bases("BART"))
     arguments = (PAIRS, settings, str(tmp_path), lambda: None, lambda numbers: None)
     first = flow.new_model(PAIRS, settings)
     losses = flow.fit(first, *arguments)
@@ -86,7 +73,9 @@ def test_a_finished_checkpoint_is_used_and_said_to_be(bases, tmp_path, capsys):
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_sources_and_targets_are_tokens_of_their_language(name, bases):
     family = families.FAMILIES[name]
-    network, tokenizer = flow.new_model(PAIRS, settings_for(bases(name), *family.languages))
+    network, tokenizer = flow.new_model(
+        PAIRS, families.settings_for(bases(name), *family.languages)
+    )
     model = network, tokenizer
     end = tokenizer.eos_token_id
     (source,) = flow.encode(model, ["Hello"])
@@ -118,7 +107,7 @@ def test_sources_and_targets_are_tokens_of_their_language(name, bases):
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_text_is_text(name, bases):
     family = families.FAMILIES[name]
-    model = flow.new_model(PAIRS, settings_for(bases(name), *family.languages))
+    model = flow.new_model(PAIRS, families.settings_for(bases(name), *family.languages))
     _, tokenizer = model
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     for kind in ("text", "text_target"):
@@ -128,7 +117,7 @@ def test_text_is_text(name, bases):
 
 
 def test_target_pieces_are_those_of_the_target(bases):
-    model = flow.new_model(PAIRS, settings_for(bases("Marian")))
+    model = flow.new_model(PAIRS, families.settings_for(bases("Marian")))
     _, tokenizer = model
     text = "La reine voit une voiture rouge."
     (target,) = flow.encode(model, [text], "text_target")
@@ -140,10 +129,10 @@ def test_target_pieces_are_those_of_the_target(bases):
 def test_a_base_in_half_precision_is_trained_in_single(bases, tmp_path):
     import torch
 
-    network, tokenizer = flow.new_model(PAIRS, settings_for(bases("T5 v1.0")))
+    network, tokenizer = flow.new_model(PAIRS, families.settings_for(bases("T5 v1.0")))
     network.to(torch.bfloat16).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    network, _ = flow.new_model(PAIRS, settings_for(tmp_path))
+    network, _ = flow.new_model(PAIRS, families.settings_for(tmp_path))
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
 
 
@@ -152,14 +141,14 @@ def test_rules_of_the_old_task_are_dropped(bases, tmp_path):
     file = tmp_path / "generation_config.json"
     rules = {**json.loads(file.read_text()), "min_length": 56, "no_repeat_ngram_size": 3}
     file.write_text(json.dumps(rules))
-    network, _ = flow.new_model(PAIRS, settings_for(tmp_path))
+    network, _ = flow.new_model(PAIRS, families.settings_for(tmp_path))
     assert network.generation_config.min_length == 0
     assert network.generation_config.no_repeat_ngram_size == 0
 
 
 def test_what_is_cut_is_counted(bases, capsys):
     long = "The cat sees a red car. " * 30
-    model = flow.new_model(PAIRS, settings_for(bases("T5 v1.0")))
+    model = flow.new_model(PAIRS, families.settings_for(bases("T5 v1.0")))
     sources = flow.encode(model, [long, "Hello", long])
     assert capsys.readouterr().out == (
         "2 of 3 sources are cut to 128 tokens: split them into sentences, or raise MAX_TOKENS if "
@@ -176,7 +165,7 @@ def test_what_is_cut_is_counted(bases, capsys):
 def test_no_more_tokens_than_the_model_has_positions(tmp_path, capsys):
     families.make("BART", tmp_path, flow.demo_pairs(), max_position_embeddings=40)
     long = ("The cat sees a red car. " * 30, "Le chat voit une voiture rouge. " * 30)
-    settings = settings_for(tmp_path)
+    settings = families.settings_for(tmp_path)
     model = flow.new_model(PAIRS, settings)
     flow.fit(model, [long] * 3, settings, str(tmp_path / "c"), lambda: None, lambda numbers: None)
     assert "3 of 3 sources are cut to 40 tokens" in capsys.readouterr().out
@@ -245,7 +234,7 @@ def test_a_broken_base_is_one_line(case, bases, tmp_path):
     shutil.copytree(bases("T5 v1.0"), folder)
     damage(folder)
     with pytest.raises(flow.UserError) as error:
-        flow.new_model(PAIRS, settings_for(folder))
+        flow.new_model(PAIRS, families.settings_for(folder))
     message = str(error.value)
     assert message.startswith(f"no usable model at {folder}: ")
     assert expected in message and "\n" not in message
@@ -268,7 +257,7 @@ def test_other_things_than_a_translator_are_one_line(bases, tmp_path):
         "nowhere/at/all": "Repo id must be",
     }.items():
         with pytest.raises(flow.UserError, match=expected) as error:
-            flow.new_model(PAIRS, settings_for(base))
+            flow.new_model(PAIRS, families.settings_for(base))
         assert "\n" not in str(error.value)
 
 
@@ -290,7 +279,7 @@ LANGUAGES = [
 @pytest.mark.parametrize("name, source, target, expected", LANGUAGES)
 def test_a_language_that_is_missing_or_unknown_is_one_line(name, source, target, expected, bases):
     with pytest.raises(flow.UserError, match=re.escape(expected)):
-        flow.new_model(PAIRS, settings_for(bases(name), source, target))
+        flow.new_model(PAIRS, families.settings_for(bases(name), source, target))
 
 
 WITHOUT = """

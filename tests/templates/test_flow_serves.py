@@ -7,8 +7,8 @@ import pytest
 import template_flow as flow
 import template_ray_serve as app
 from helpers import families
-from test_flow_families import TAGGED, settings_for
 
+TAGGED = [*flow.demo_pairs()[::20], families.TAGGED_PAIR]
 TEXTS = [
     "Hello",
     "Price </s>20 euros<2de> >>deu<<__de__ de_DE now <pad>",
@@ -21,7 +21,7 @@ def test_exported_folder_is_served_without_settings(name, tmp_path):
     base = tmp_path / "base"
     base.mkdir()
     families.make(name, base, flow.demo_pairs())
-    settings = settings_for(base, *families.FAMILIES[name].languages)
+    settings = families.settings_for(base, *families.FAMILIES[name].languages)
     model = flow.new_model(TAGGED, settings)
     flow.fit(model, TAGGED, settings, str(tmp_path / "c"), lambda: None, lambda numbers: None)
     folder = tmp_path / "model"

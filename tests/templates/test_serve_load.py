@@ -127,22 +127,28 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(server):
     connection.request(
         "POST",
         "/translate",
-        json.dumps({"text": ["one"] * 7}),
+        json.dumps({"text": ["one"] * 6}),
         {"Content-Type": "application/json"},
     )
     time.sleep(1)
     other = http.client.HTTPConnection("127.0.0.1", server.port)
     other.request(
-        "POST", "/translate", json.dumps({"text": "two"}), {"Content-Type": "application/json"}
+        "POST",
+        "/translate",
+        json.dumps({"text": ["two"] * 6}),
+        {"Content-Type": "application/json"},
     )
     reply = other.getresponse()
     assert (reply.status, reply.getheader("Retry-After")) == (503, "1")
     other.close()
+    status, answer = server.ask(body={"text": ["three"] * 7})
+    message = "The request has 7 inputs; the limit is 6."
+    assert (status, answer["error"]["message"]) == (413, message)
     connection.close()
-    time.sleep(1)  # its seven have left with it, while the model is still busy
-    assert not line.done() and server.ask(body={"text": "Good morning"}) == (
+    time.sleep(1)  # its six have left with it, while the model is still busy
+    assert not line.done() and server.ask(body={"text": ["Good morning"] * 6}) == (
         200,
-        {"translation": "Bonjour"},
+        {"translation": ["Bonjour"] * 6},
     )
     assert line.result()[0] == 200
     serves(server)
@@ -182,7 +188,7 @@ def test_a_text_that_fails_harms_no_other_in_its_batch(server):
 def test_metrics_tell_of_batches_and_keep_routes_few(server):
     for number in range(50):
         assert server.ask(f"/translate/aaa{number}", method="GET")[0] == 404
-    serves(server)  # no figures of batches before there was one, and none of cut sentences here
+    serves(server)  # no histogram of batches before there was one
     told = re.findall(
         r"ray_\w+", (TEMPLATES.parent / "docs/serve.md").read_text().split("| metric for")[1]
     )
@@ -200,11 +206,9 @@ def test_metrics_tell_of_batches_and_keep_routes_few(server):
                 )
             except OSError:
                 pass  # that one is not up yet
-        missing = {name for name in told if f"\n{name}" not in text} - {
-            "ray_translator_cut_sentences_total"
-        }
+        missing = {name for name in told if f"\n{name}" not in text}
     assert "translator_batch_size_bucket" in text and "translator_input_size" in text
-    assert len(told) == 5 and not missing, sorted(set(re.findall(r"^ray_\w+", text, re.M)))
+    assert len(told) == 7 and not missing, sorted(set(re.findall(r"^ray_\w+", text, re.M)))
     assert len(set(re.findall(r'route="([^"]*)"', text))) <= 6 and "aaa1" not in text
 
 

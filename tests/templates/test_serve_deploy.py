@@ -1,0 +1,232 @@
+"""`check_serve_config.py --deploy` tells the truth: what is in the folder answers, or it says."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers.repository import TEMPLATES
+from serve_testing import ROUTE, Server, write_model, write_toy
+
+pytestmark = pytest.mark.xdist_group("ray")
+CONFIG = "config.yaml"
+PATIENCE = 100  # seconds
+
+
+def write_config(folder, **changes):
+    """Write the shipped config for the toy; replicas need half a CPU. Changes are of the app."""
+    config = yaml.safe_load((TEMPLATES / "serve_config.yaml").read_text("utf-8"))
+    (application,) = config["applications"]
+    application["route_prefix"] = ROUTE
+    application |= changes
+    (deployment,) = application["deployments"]
+    deployment["ray_actor_options"]["num_cpus"] = 0.5
+    deployment["autoscaling_config"] = {"min_replicas": 1, "max_replicas": 1}
+    (folder / CONFIG).write_text(yaml.safe_dump(config))
+
+
+def set_replicas(folder, number):
+    """Ask for so many replicas: Ray adds some beside the first, as it does under load."""
+    config = yaml.safe_load((folder / CONFIG).read_text())
+    (deployment,) = config["applications"][0]["deployments"]
+    deployment["autoscaling_config"] = {"min_replicas": number, "max_replicas": number}
+    (folder / CONFIG).write_text(yaml.safe_dump(config))
+
+
+def replace_model(folder, end):
+    """Put a model in the place of the one that is there, as `export_model.py --replace` does."""
+    new = folder / "new"
+    write_model(new, [("hello", f"HELLO{end}")], end)
+    model = folder / "model"
+    if model.exists():
+        model.rename(folder / "old")
+        shutil.rmtree(folder / "old")
+    new.rename(model)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("deployed")
+    write_toy(folder)
+    shutil.copy(TEMPLATES / "check_serve_config.py", folder)
+    replace_model(folder, "!")
+    write_config(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    with Server(folder, "run", CONFIG, cpus=2, dashboard=True) as running:
+        running.folder = folder
+        yield running.wait()
+
+
+def run(server, *arguments):
+    address = f"http://127.0.0.1:{server.dashboard}"
+    command = [sys.executable, "check_serve_config.py", CONFIG, "--deploy", address, *arguments]
+    environment = {**os.environ, **server.environment}
+    return subprocess.run(
+        command,
+        cwd=server.folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def deploy(server):
+    """Deploy what is in the folder; return what the command says."""
+    done = run(server)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    assert done.stdout.startswith(f"{CONFIG}: valid, and running: translator, ")
+    return done.stdout
+
+
+def answers(server, number=40):
+    """Return the different answers to one text, asked by several clients, and what is served."""
+    with ThreadPoolExecutor(8) as pool:
+        asked = pool.map(lambda _: server.ask(body={"text": "hello"}), range(number))
+        found = {str(answer.get("loud", answer)) for _, answer in asked}
+        told = pool.map(lambda _: server.ask(ROUTE + "/health", method="GET"), range(number))
+        served = {(answer["code"], answer["model"]) for _, answer in told}
+    return found, served
+
+
+def applications(server):
+    """Return what Ray tells of the applications."""
+    url = f"http://127.0.0.1:{server.dashboard}/api/serve/applications/"
+    token = server.environment["RAY_AUTH_TOKEN"]
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return json.load(reply)["applications"]
+
+
+def release():
+    """Return the release that the first line of the app names."""
+    lines = (TEMPLATES / "template_ray_serve.py").read_text("utf-8").splitlines()
+    return lines[0].split()[-1]
+
+
+def test_health_names_what_is_served(server):
+    status, health = server.ask(ROUTE + "/health", method="GET")
+    assert status == 200
+    assert health.pop("status") == "ok"
+    assert set(health) == {"release", "code", "model"}
+    assert health["release"] == release()
+    assert all(health.values())
+    status, body = server.ask(ROUTE + "/health", method="HEAD")
+    assert (status, body) == (200, "")
+
+
+def test_a_replaced_model_and_a_changed_app_answer_after_the_deploy(server):
+    folder = server.folder
+    deploy(server)
+    assert "unchanged" in deploy(server)
+    _, ((code, model),) = answers(server)
+
+    replace_model(folder, "?")
+    assert "unchanged" not in deploy(server)
+    found, ((same_code, new_model),) = answers(server)
+    assert found == {"HELLO?"}
+    assert (same_code, new_model != model) == (code, True)
+
+    app = folder / "template_ray_serve.py"
+    app.write_text(app.read_text("utf-8").replace("text.upper()", "text.title()"), "utf-8")
+    replace_model(folder, "?")  # the same content
+    (folder / "model/known_answers.json").unlink()
+    said = deploy(server)
+    found, ((new_code, new_model),) = answers(server)
+    assert found == {"Hello?"}
+    assert new_code != code
+    assert f"translator, release {release()}, code {new_code}, model {new_model}\n" in said
+    assert "unchanged" in deploy(server)
+
+    write_toy(folder)  # as it was
+    replace_model(folder, "!")
+    deploy(server)
+    assert answers(server) == ({"HELLO!"}, {(code, model)})
+
+
+def test_a_replica_that_starts_later_serves_no_other_files(server):
+    folder = server.folder
+    deploy(server)
+    before = answers(server)
+    replace_model(folder, "?")
+    set_replicas(folder, 2)
+    # `serve deploy` takes an unchanged config for unchanged files, as autoscaling does.
+    config = yaml.safe_load((folder / CONFIG).read_text())
+    running = applications(server)["translator"]["deployed_app_config"]
+    config["applications"][0]["runtime_env"] = running["runtime_env"]
+    (folder / "sent.yaml").write_text(yaml.safe_dump(config))
+    address = f"http://127.0.0.1:{server.dashboard}"
+    command = [sys.executable, "-m", "ray.serve.scripts", "deploy", "sent.yaml", "-a", address]
+    subprocess.run(
+        command,
+        cwd=folder,
+        env=server.environment,
+        check=True,
+        timeout=300,
+        capture_output=True,
+    )
+    end = time.monotonic() + PATIENCE
+    while "was deployed: deploy again" not in str(applications(server)):
+        assert time.monotonic() < end
+        assert answers(server) == before
+    assert answers(server) == before
+
+    said = deploy(server)
+    assert "unchanged" not in said
+    found, served = answers(server)
+    assert found == {"HELLO?"}
+    assert len(served) == 1
+    assert served != before[1]
+    set_replicas(folder, 1)
+    replace_model(folder, "!")
+    deploy(server)
+    assert answers(server) == before
+
+
+def test_an_archive_is_loaded_once_for_each_address(tmp_path):
+    """Ray keeps what it has downloaded from an address; the command says so."""
+
+    def write_archive(name, end):
+        scratch = tmp_path / f"of {name} {end}"
+        scratch.mkdir()
+        write_toy(scratch)
+        write_model(scratch / "model", [("hello", f"HELLO{end}")], end)
+        archive = tmp_path / name
+        archive.unlink(missing_ok=True)
+        with zipfile.ZipFile(archive, "w") as writer:
+            for path in sorted(scratch.rglob("*")):
+                writer.write(path, Path("app", path.relative_to(scratch)))
+        return {"working_dir": f"file://{archive}"}
+
+    folder = tmp_path / "empty"  # Ray imports first from the folder in which Serve was started
+    folder.mkdir()
+    shutil.copy(TEMPLATES / "check_serve_config.py", folder)
+    write_config(folder, runtime_env=write_archive("first.zip", "1"))
+    with Server(folder, "run", CONFIG, cpus=2, dashboard=True) as server:
+        server.folder = folder
+        server.wait()
+        first = answers(server)
+        assert first[0] == {"HELLO1"}
+        write_archive("first.zip", "2")
+        said = deploy(server)
+        assert "unchanged: the same replicas still run" in said
+        assert "first.zip (Ray loads an address only once)" in said
+        assert answers(server) == first
+        write_config(folder, runtime_env=write_archive("second.zip", "2"))
+        assert "unchanged" not in deploy(server)
+        found, served = answers(server)
+        assert found == {"HELLO2"}
+        assert served != first[1]
