@@ -893,6 +893,9 @@ class Untracked:
 def init_wandb(options):
     """Return a W&B run that prints nothing and does not wait for long."""
     os.environ["WANDB_ERROR_REPORTING"] = "false"  # saves 20 s if W&B cannot be reached
+    for name, value in list(os.environ.items()):
+        if name.startswith("WANDB_") and not value:
+            del os.environ[name]  # set to nothing in .env: not set
     import wandb
 
     wandb.teardown()  # forgets a run that failed, and its mode

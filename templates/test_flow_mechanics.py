@@ -387,7 +387,7 @@ def test_a_project_that_wandb_refuses_is_one_line(offline, run_toy):
         "WANDB_PROJECT": "my-team/translator",
         "WANDB_API_KEY": "x" * 40,
         "WANDB_BASE_URL": "http://127.0.0.1:9",
-        "WANDB_MODE": "",
+        "WANDB_MODE": "online",
     }
     code, output = run_toy(command=("run", "--offline", offline), **environment)
     assert_finishes(code, output, ALL_STEPS)

@@ -13,7 +13,7 @@ import tokenizers
 import transformers
 from transformers.models.m2m_100.tokenization_m2m_100 import FAIRSEQ_LANGUAGE_CODES
 
-SMALL = {
+SMALL: dict[str, object] = {
     "d_model": 32,
     "encoder_layers": 1,
     "decoder_layers": 1,
@@ -24,9 +24,15 @@ SMALL = {
     "dropout": 0.0,
     "max_position_embeddings": 512,
 }
-SMALL_T5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+SMALL_T5: dict[str, object] = {
+    "d_model": 32,
+    "d_kv": 16,
+    "d_ff": 64,
+    "num_layers": 1,
+    "num_heads": 2,
+}
 SMALL_T5 |= {"dropout_rate": 0.0, "decoder_start_token_id": 0}
-GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+GATED: dict[str, object] = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 
 
 class Family(NamedTuple):

@@ -40,6 +40,7 @@ SETTINGS = {
     "mode": ({"WANDB_MODE": "nonsense"}, UNREACHABLE),
     "short key": ({**NOBODY, "WANDB_API_KEY": "short"}, UNREACHABLE),
     "two keys": ({**NOBODY, "WANDB_API_KEY": f"{KEY} {KEY}"}, UNREACHABLE),
+    "empty": ({**OFFLINE, "WANDB_BASE_URL": "", "WANDB_QUIET": "", "WANDB_RESUME": ""}, ""),
     "notes": ({**OFFLINE, "WANDB_NOTES": "two\nlines"}, ""),
     "must": ({**OFFLINE, "WANDB_RESUME": "must"}, ""),
     "entity": ({**OFFLINE, "WANDB_ENTITY": "a b/c#"}, ""),
