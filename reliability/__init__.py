@@ -1,0 +1,1 @@
+"""The jobs of `make faults`: each breaks something under load, or watches what grows."""

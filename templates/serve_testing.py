@@ -27,6 +27,7 @@ import yaml
 
 HERE = Path(__file__).parent
 APP = "template_ray_serve.py"
+ROUTE = "/toy"  # of the toy
 
 # -- A server --------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from click import ClickException
 from serve_testing import (
     APP,
     HERE,
+    ROUTE,
     Server,
     built,
     different,
@@ -39,7 +40,6 @@ from serve_testing import (
 )
 
 CONFIG = HERE / "serve_config.yaml"
-ROUTE = "/toy"
 
 
 # -- The toy app -----------------------------------------------------------------------------------

@@ -51,8 +51,8 @@ def next_release(release, tmp_path_factory):
     )
     change(flow, "BATCH_SIZE = 64", "BATCH_SIZE = 96")
     flow.write_text(flow.read_text("utf-8") + "# ${{ github.sha }} {% raw %}\n", "utf-8")
-    change(serve, "max_queue: int = Field(256,", "max_queue: int = Field(512,")
-    for command, _ in commands(ROOT / "CONTRIBUTING.md")[3:]:
+    change(serve, "max_queue: int = Field(1000,", "max_queue: int = Field(1200,")
+    for command, _ in commands(ROOT / "CONTRIBUTING.md")[4:]:
         run(command, folder)
     assert "version 0.2.0" in flow.read_text("utf-8")
     return folder
@@ -151,13 +151,13 @@ def test_page_word_by_word(release, next_release, tags, tmp_path):
     run("git add --all; git commit --quiet --message mine", adopted)
     for command, expected in shown[9:]:
         assert shows(run(command, adopted, TEMPLATES=str(bare)), expected)
-    change(bare / "templates/template_ray_serve.py", "= Field(512,", "= Field(1024,")
+    change(bare / "templates/template_ray_serve.py", "= Field(1200,", "= Field(1500,")
     run("git commit --quiet --all --message third", bare)
     if tags == "--tags":
         run("git tag v0.3.0", bare)
     run("copier update --defaults", adopted)
     text = app.read_text("utf-8")
-    assert "timeout_s: float = Field(20," in text and "max_queue: int = Field(1024," in text
+    assert "timeout_s: float = Field(20," in text and "max_queue: int = Field(1500," in text
     assert "<<<<<<<" not in text
     assert run("git status --short", adopted).split()[1::2] == [
         ".copier-answers.yml",
