@@ -58,8 +58,7 @@ import unicodedata
 
 IMAGE = None  # "registry/name@sha256:...", built from Dockerfile; None: @pypi installs the packages
 GPUS = 1  # of the step `train` on a cluster; 0: it runs on CPUs
-# Names of secrets that hold WANDB_API_KEY and WANDB_PROJECT: ["outerbounds.wandb"]. A deployed flow
-# is tracked if there is one.
+# Names of secrets that hold WANDB_API_KEY: ["outerbounds.wandb"]; a deployed flow is then tracked.
 SECRETS: list[str] = []
 CRON = None  # when a deployed flow starts on its own: "0 6 * * 1"; None: only when it is triggered
 METRIC = "chrf"  # the score that decides whether a model is good enough: higher is better
@@ -821,6 +820,8 @@ def wandb_run(flow):
     if flow.offline:
         os.environ["WANDB_MODE"] = "offline"  # set before the import, it makes no request at all
     else:
+        if SCHEDULED:
+            os.environ.setdefault("WANDB_PROJECT", current.flow_name)
         require_wandb()
     config = {
         **vars(settings_of(flow)),

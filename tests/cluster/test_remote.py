@@ -456,6 +456,7 @@ def test_scheduled_flow_trains_in_the_image_and_goes_on_after_a_kill(cloud, imag
         | {
             "SECRETS: list[str] = []": 'SECRETS: list[str] = ["outerbounds.wandb"]',
             "CRON = None": 'CRON = "0 6 * * 1"',
+            "default=not (SCHEDULED and SECRETS)": "default=True",  # no test asks W&B
             "        restore_checkpoint()\n": f"        restore_checkpoint()\n        {SHOW_KEY}\n",
         },
     )

@@ -259,10 +259,9 @@ def test_marian_learns_targets_in_pieces_of_the_target_language(marian):
         f"""
 import json
 import template_flow as flow
-_, tokenizer = flow.load("model")
-batch = flow.tokenize(tokenizer, [{source!r}], [{target!r}])
-print(json.dumps([tokenizer.convert_ids_to_tokens(batch[name][0].tolist())
-                  for name in ("input_ids", "labels")]))
+model = _, tokenizer = flow.load("model")
+found = flow.encode(model, [{source!r}]) + flow.encode(model, [{target!r}], "text_target")
+print(json.dumps([tokenizer.convert_ids_to_tokens(tokens) for tokens in found]))
 """,
     )
     pieces = [

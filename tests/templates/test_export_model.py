@@ -146,9 +146,10 @@ def test_text_has_the_same_tokens_in_training_and_where_it_is_served(folder):
     export(folder)
     settings = template_ray_serve.Settings()
     served = template_ray_serve.Model(str(folder / "model"), settings, threads=1)
-    _, tokenizer = template_flow.unpack(artifacts(folder, "evaluate")["model"])
+    model = template_flow.unpack(artifacts(folder, "evaluate")["model"])
+    _, tokenizer = model
     for text in TEXTS:
-        (trained,) = template_flow.tokenize(tokenizer, [text])["input_ids"].tolist()
+        (trained,) = template_flow.encode(model, [text])
         assert served.encode(text) == trained, text
         assert trained.count(tokenizer.eos_token_id) == 1  # "</s>" in a text ends nothing
         assert tokenizer.pad_token_id not in trained
