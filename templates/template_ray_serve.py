@@ -143,6 +143,7 @@ CODES += " fra:fr guj:gu hin:hi hye:hy ita:it jpn:ja kan:kn kaz:kk mal:ml mar:mr
 CODES += " pan:pa pol:pl por:pt rus:ru slk:sk spa:es tam:ta tel:te ukr:uk yue:zh zho:zh"
 TWO_LETTERS = dict(pair.split(":") for pair in CODES.split())
 ORDINALS = ("cs", "da", "de", "et", "fi", "hr", "hu", "nb", "no", "pl", "sk", "sl", "tr")  # "2."
+QUOTES = ('"', "’", "”", "»", "」", "』")
 UNSPACED = ("ja", "zh")  # no space between sentences
 
 
@@ -487,17 +488,23 @@ def is_blank(text: str) -> bool:
 
 def goes_on(sentence: str, following: str, language: str) -> bool:
     """Return True where no sentence ends although sentencex splits, as after "M." or "1."."""
-    if sentence.endswith(("」", "』", "”", "’")):
-        return following[:1].isalpha()  # 「はい。」と言った
-    if not following or not sentence.rstrip().endswith("."):
+    if not following:
         return False
-    *words, last = sentence.split()
+    small = next(filter(str.isalpha, following), "").islower()
+    text = sentence.rstrip()
+    if text.endswith(QUOTES):
+        return small or (text == sentence and following[0].isalpha())  # 「はい。」と言った
+    if not text.endswith("."):
+        return False
+    *words, last = text.split()
     last = last.rstrip(".")
     if last.isdigit() and len(last) < 3:
-        return not words or language in ORDINALS  # "1. First", "Der 2. Platz"
-    if sum(map(str.isalpha, last)) == 1:
+        if not words:
+            return True  # the number of a list
+        return small or (language in ORDINALS and not words[-1].endswith("."))
+    if last[:1].isalpha() and sum(map(str.isalpha, last)) == 1:
         return language != "en"  # "M. Dupont"; sentencex knows what to do with "So do I."
-    return len(last) <= 3 and following[0].islower()  # an abbreviation
+    return small and (len(last) < 3 or "." in last)  # an abbreviation
 
 
 # -- What the files of a model say -----------------------------------------------------------------
