@@ -87,15 +87,6 @@ class Settings(BaseModel):
     )
     max_request_tokens: int = Field(10_000, ge=1, description="A longer request gets 413")
 
-    @model_validator(mode="after")
-    def fit_the_model(self) -> "Settings":
-        """Refuse a limit that the model cannot take, if its folder is on this machine."""
-        folder = self.model or Path(__file__).with_name("model")
-        file = Path(folder, "config.json")
-        with contextlib.suppress(OSError, AttributeError, json.JSONDecodeError):
-            check_limits(self, json.loads(file.read_text("utf-8")))
-        return self
-
     @model_validator(mode="wrap")
     @classmethod
     def name_the_key(cls, values: Any, handler: Any) -> "Settings":
@@ -331,9 +322,11 @@ class Model:
 
     def read_limits(self, settings: Any) -> None:
         """Use the model's own files for every limit that is not given."""
-        config = self.model.config.to_dict()
-        check_limits(settings, config)
-        limits = limits_of(config)
+        limits = limits_of(self.model.config)
+        for name, limit in limits.items():
+            value = getattr(settings, name)
+            if value and value > limit:
+                raise ValueError(f"{name}: the model takes at most {limit}")
         longest = self.tokenizer.model_max_length  # a huge number if the tokenizer has none
         if longest > 4096:
             longest = 512
@@ -540,21 +533,13 @@ def load_tokenizer(name: str, revision: str | None) -> Any:
         raise ValueError(f"{problem}: {reason.strip()}") from None
 
 
-def limits_of(config: dict[str, Any]) -> dict[str, int]:
-    """Return {setting: the most that the model can take}, from its config.json."""
-    both = config.get("max_position_embeddings") or 4096  # a T5 has no limit
+def limits_of(config: Any) -> dict[str, int]:
+    """Return {setting: the most that the model can take}."""
+    both = getattr(config, "max_position_embeddings", None) or 4096  # a T5 has no limit
     return {
-        "max_sentence_tokens": config.get("max_encoder_position_embeddings", both),
-        "max_new_tokens": config.get("max_decoder_position_embeddings", both),
+        "max_sentence_tokens": getattr(config, "max_encoder_position_embeddings", both),
+        "max_new_tokens": getattr(config, "max_decoder_position_embeddings", both),
     }
-
-
-def check_limits(settings: Any, config: dict[str, Any]) -> None:
-    """Raise ValueError if a setting is above what the model can take."""
-    for name, limit in limits_of(config).items():
-        value = getattr(settings, name)
-        if value and value > limit:
-            raise ValueError(f"{name}: the model takes at most {limit}")
 
 
 def two_letters(language: str) -> str:
