@@ -237,6 +237,13 @@ def deploy(config: dict, address: str, timeout: float) -> list[str]:
     applications = {application["name"]: application for application in config["applications"]}
     files = {name: add_files(application) for name, application in applications.items()}
     before = client.get_serve_details()["applications"]
+    for name, application in applications.items():
+        old = before.get(name, {})
+        if old.get("status") == "DEPLOY_FAILED":  # Ray would not try the same config again
+            runtime_env = application["runtime_env"]
+            variables = runtime_env.setdefault("env_vars", {})
+            moment = time.time()
+            variables["DEPLOYED_AT"] = str(moment)
     client.deploy_applications(config)
     state = ""
     end = time.monotonic() + timeout
@@ -254,9 +261,11 @@ def deploy(config: dict, address: str, timeout: float) -> list[str]:
         raise TimeoutError(f"not running after {timeout:g} s. {state}")
     reports = []
     for name, application in applications.items():
-        old = replicas(before.get(name, {}))
-        new = replicas(now[name])
-        reports.append(report(application, files[name], old, new))
+        ran = before.get(name, {})
+        old_ones = replicas(ran)
+        new_ones = replicas(now[name])
+        text = report(application, files[name], old_ones, new_ones)
+        reports.append(text)
     return reports
 
 
