@@ -17,10 +17,17 @@ from pathlib import Path
 import pytest
 import template_ray_serve as app
 import torch
-from click import ClickException
 from ray.serve.scripts import convert_args_to_dict
 from serve_testing import Server
-from tiny_translator import MAX_NEW_TOKENS, MAX_TOKENS, PAIRS, PREFIX, make_model
+from tiny_translator import (
+    MAX_NEW_TOKENS,
+    MAX_TOKENS,
+    PAIRS,
+    PREFIX,
+    make_model,
+    new_marian,
+    new_tokenizer,
+)
 from transformers import AutoModelForSeq2SeqLM
 
 HERE = Path(__file__).parent
@@ -220,11 +227,13 @@ def limits(model):
 
 
 def test_a_limit_above_what_the_model_can_take_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"max_position_embeddings": 512}', "utf-8")
+    tokenizer = new_tokenizer(["Hello"])
+    model = new_marian(vocab_size=len(tokenizer), d_model=64, max_position_embeddings=64)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
     for name in ("max_sentence_tokens", "max_new_tokens"):
-        app.Settings(model=str(tmp_path), **{name: 512})
-        with pytest.raises(ClickException, match=f"{name}: the model takes at most 512"):
-            app.Settings(model=str(tmp_path), **{name: 513})
+        with pytest.raises(RuntimeError, match=f"{name}: the model takes at most 64"):
+            load(model=str(tmp_path), **{name: 65})
 
 
 def test_a_language_that_the_model_does_not_know_is_refused(project):
