@@ -133,9 +133,8 @@ def test_serves_as_configured(followed):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
-def test_mechanics_pass_unedited(followed):
-    recipes.run_mechanics_tests(followed)
+def test_mechanics_of_the_flow_pass_unedited(followed):
+    recipes.run_copied_test(followed, "test_flow_mechanics.py")
 
 
 @pytest.mark.slow

@@ -196,8 +196,8 @@ def test_a_model_that_is_missing_is_one_line(folder, environment, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("ray")
-def test_mechanics_pass_unedited(followed, environment):
-    recipes.run_mechanics_tests(followed, **environment)
+def test_mechanics_of_the_server_pass_unedited(followed, environment):
+    recipes.run_copied_test(followed, "test_serve_mechanics.py", **environment)
 
 
 @pytest.mark.slow

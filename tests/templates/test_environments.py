@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import shell
 from helpers.repository import TEMPLATES
 
 QUICK = ("run", "--offline", "True", "--epochs", "4")  # enough to be better than copying
@@ -106,33 +107,31 @@ STRAY = {
 }
 COPIED = {
     "flow": (
+        "test_template_flow.py -k demo",
         "template_flow.py",
         "test_template_flow.py",
-        "test_flow_mechanics.py",
         "flow_testing.py",
         "requirements.outerbounds.txt",
     ),
     "serve": (
+        "test_template_ray_serve.py",
         "template_ray_serve.py",
         "test_template_ray_serve.py",
-        "test_serve_mechanics.py",
         "serve_testing.py",
         "tiny_translator.py",
-        "requirements-rayserve.txt",
     ),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root and unshare"
-)
+@pytest.mark.skipif(not shell.can_cut_network(), reason="needs root and unshare")
 @pytest.mark.parametrize("what", COPIED)
 def test_copied_tests_pass_without_a_network(what, tmp_path):
-    """Run the tests that travel in a network namespace that has loopback and no route."""
-    folder = git_repository(tmp_path / what, *COPIED[what])
-    tests = [name for name in COPIED[what] if name.startswith("test_")]
-    command = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
-    command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    code, output = run([*command, *tests], folder, 900, **STRAY)
+    """The tests of the mechanics are run like this by those of the recipes."""
+    tests, *files = COPIED[what]
+    folder = git_repository(tmp_path / what, *files)
+    command = f"{sys.executable} -m pytest -q -p no:cacheprovider -p no:xdist {tests}"
+    code, output = run(
+        ["bash", "-c", shell.WITHOUT_NETWORK + command], folder, seconds=1500, **STRAY
+    )
     assert code == 0 and " passed" in output, output

@@ -8,7 +8,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_message_catalogues_of_other_projects(tmp_path):
-    real_pairs.write(tmp_path / "pairs.tsv")
+    real_pairs.write(tmp_path / "pairs.tsv", limit=5200)
     code, output = run(tmp_path, "--data", "pairs.tsv", "--epochs", "9", seconds=1500)
     assert code == 0, output
     found = artifacts(tmp_path, "evaluate")
