@@ -91,8 +91,10 @@ def test_commands_of_the_page(followed):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("ray")
-def test_gate(followed):
-    recipes.fails_in_one_line(followed, "--epochs 1 --minimum 0.99", "not good enough: ")
+def test_gate(tmp_path):
+    folder = recipes.apply(HEADING, tmp_path)  # the others need the run of the page as the newest
+    write_texts(folder / "texts.csv")
+    recipes.fails_in_one_line(folder, "--epochs 1 --minimum 0.99", "not good enough: ")
 
 
 @pytest.mark.slow
@@ -107,7 +109,8 @@ def test_a_killed_training_resumes_and_ends_with_the_same_model(followed, tmp_pa
     assert code == 0, output
     resumed = recipes.artifacts(tmp_path, "evaluate")
     assert recipes.checkpoints(tmp_path) - saved <= 10 - 4  # of ten in an unbroken run
-    assert resumed["model"] == unbroken["model"] and resumed["losses"] == unbroken["losses"]
+    assert recipes.changed_files(resumed["model"], unbroken["model"]) == []
+    assert resumed["losses"] == unbroken["losses"]
 
 
 @pytest.mark.slow

@@ -209,6 +209,12 @@ def artifacts(folder, step, **environment):
     return flow_testing.artifacts(folder, step, METAFLOW_USER="reader", **environment)
 
 
+def changed_files(model, other):
+    """Return the files that differ; pytest would need hours to show how their bytes do."""
+    assert model.keys() == other.keys()
+    return [name for name, content in model.items() if other[name] != content]
+
+
 def fails_in_one_line(folder, options, message, **environment):
     """Fail unless `run` with these options ends with this message, and without a traceback."""
     code, output = run(folder, f"{FLOW} run {options}", **environment)
