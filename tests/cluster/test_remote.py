@@ -428,7 +428,7 @@ def test_unedited_flow_on_outerbounds_gets_its_packages_from_pypi(cloud, tmp_pat
     baked = [
         set(asked["pipRequirements"]) for asked in bakery.asked if asked["pythonVersion"] == "3.11"
     ]
-    assert len(pinned) == 8 and len(baked) == 2  # train and evaluate
+    assert len(pinned) > 7 and len(baked) == 2  # train and evaluate
     assert all(pinned <= packages for packages in baked)
     templates = {template["name"]: template for template in manifest["spec"]["templates"]}
     assert all(templates[step]["container"]["image"] == IMAGE for step in ("train", "evaluate"))
