@@ -131,3 +131,9 @@ def test_files_end_and_indent_as_the_editor_config_says():
     for name, text in TEXTS.items():
         assert text.endswith("\n") and "\r" not in text, name
         assert name.endswith(".md") or not re.search(r"[ \t]+$", text, re.MULTILINE), name
+
+
+def test_no_test_imports_a_test():
+    for name, text in TEXTS.items():
+        if name.endswith(".py"):
+            assert not re.search(r"^\s*(from|import) test_", text, re.MULTILINE), name
