@@ -13,6 +13,8 @@ from flow_testing import assert_fails_in_one_line, clean_environment, run
 from helpers import families
 from helpers.repository import ROOT
 
+pytestmark = pytest.mark.slow
+
 PAGE = ROOT / "docs/train.md"
 PAIRS = flow.demo_pairs()[::20]
 TAGGED = [*PAIRS, families.TAGGED_PAIR]

@@ -8,6 +8,8 @@ import template_flow as flow
 import template_ray_serve as app
 from helpers import families
 
+pytestmark = pytest.mark.slow
+
 TAGGED = [*flow.demo_pairs()[::20], families.TAGGED_PAIR]
 TEXTS = [
     "Hello",

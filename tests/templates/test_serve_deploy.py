@@ -16,7 +16,7 @@ import yaml
 from helpers.repository import TEMPLATES
 from serve_testing import ROUTE, Server, write_model, write_toy
 
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow]
 CONFIG = "config.yaml"
 PATIENCE = 100  # seconds
 

@@ -20,6 +20,8 @@ from helpers.repository import ROOT
 from transformers.models.m2m_100.tokenization_m2m_100 import FAIRSEQ_LANGUAGE_CODES as M2M100_CODES
 from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES as NLLB_CODES
 
+pytestmark = pytest.mark.slow
+
 PAGE = ROOT / "docs/languages.md"
 SOURCES = ["The cat sleeps.", "Good morning!", "I like tea and milk.", "Where is the station?"]
 TARGETS = {
