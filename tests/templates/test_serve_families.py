@@ -16,6 +16,7 @@ import sentencepiece
 import template_ray_serve as app
 import torch
 import transformers
+from helpers import recipes
 from helpers.repository import ROOT
 from transformers.models.m2m_100.tokenization_m2m_100 import FAIRSEQ_LANGUAGE_CODES as M2M100_CODES
 from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES as NLLB_CODES
@@ -599,8 +600,6 @@ def test_what_cannot_work_is_refused_in_one_line(folders, tmp_path):
 @pytest.mark.parametrize("name", ["Marian", "M2M100", "T5", "NLLB"])
 def test_a_missing_package_is_named(folders, name, tmp_path):
     """Without sentencepiece, as if it were not installed."""
-    import recipes
-
     _, settings = next(iter(FAMILIES[name][2].values()))
     asked = json.dumps({str(folders[name]): settings})
     done = subprocess.run(
