@@ -5,7 +5,15 @@ import os
 import pytest
 
 # Groups that take minutes, the longest first.
-LONG = ("test_real_pairs.py", "ray", "test_environments.py", "docker", "test_tracking.py")
+LONG = (
+    "ray",
+    "docker",
+    "test_recipes_text.py",
+    "test_recipes_classifier.py",
+    "test_recipes_tabular.py",
+    "test_real_pairs.py",
+    "test_tracking.py",
+)
 RAY = ("test_template_ray_serve.py", "test_serve_mechanics.py")
 
 

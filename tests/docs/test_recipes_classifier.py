@@ -81,7 +81,6 @@ def test_bad_data_is_named_in_one_line(case, folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 def test_commands_of_the_page(followed):
     found = recipes.artifacts(followed, "evaluate")
     assert found["scores"]["baseline_accuracy"] < 0.5 < found["scores"]["accuracy"]
@@ -90,7 +89,6 @@ def test_commands_of_the_page(followed):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 def test_gate(tmp_path):
     folder = recipes.apply(HEADING, tmp_path)  # the others need the run of the page as the newest
     write_texts(folder / "texts.csv")
@@ -98,7 +96,6 @@ def test_gate(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 def test_a_killed_training_resumes_and_ends_with_the_same_model(followed, tmp_path):
     unbroken = recipes.artifacts(followed, "train")
     recipes.apply(HEADING, tmp_path)
@@ -114,7 +111,6 @@ def test_a_killed_training_resumes_and_ends_with_the_same_model(followed, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 def test_fine_tunes_its_own_model(followed):
     code, output = recipes.run(followed, f"{recipes.FLOW} run --base-model model --epochs 1")
     assert code == 0, output
@@ -122,7 +118,6 @@ def test_fine_tunes_its_own_model(followed):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 def test_serves_as_configured(followed):
     known = recipes.known_answers(followed)
     with recipes.Server(followed, "run", "serve_config.yaml") as server:
@@ -141,7 +136,6 @@ def test_mechanics_of_the_flow_pass_unedited(followed):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("docker")
 def test_image(followed):
     if not recipes.docker_answers():
         pytest.skip("no docker daemon answers")

@@ -93,7 +93,6 @@ def test_bad_data_is_named_in_one_line(case, folder, environment, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 def test_commands_of_the_page(followed, environment):
     scores = recipes.artifacts(followed, "evaluate", **environment)["scores"]
     assert scores["baseline_roc_auc"] == 0.5 and scores["roc_auc"] > 0.95
@@ -105,13 +104,11 @@ def test_commands_of_the_page(followed, environment):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 def test_gate(followed, environment):
     recipes.fails_in_one_line(followed, "--minimum 1", "not good enough: ", **environment)
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 def test_one_label_among_the_held_out_rows_never_passes(folder, environment):
     script = (
         "import csv, template_flow as flow\n"
@@ -132,7 +129,6 @@ def test_one_label_among_the_held_out_rows_never_passes(folder, environment):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 def test_a_killed_training_resumes_and_ends_with_the_same_trees(environment, tmp_path):
     models = []
     for name, rounds in (("unbroken", 30), ("killed", None)):
@@ -157,7 +153,6 @@ def test_a_killed_training_resumes_and_ends_with_the_same_trees(environment, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 def test_serves_as_configured(followed, environment):
     known = recipes.known_answers(followed)
     good = known[0]["request"]
@@ -195,13 +190,11 @@ def test_a_model_that_is_missing_is_one_line(folder, environment, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 def test_mechanics_of_the_server_pass_unedited(followed, environment):
     recipes.run_copied_test(followed, "test_serve_mechanics.py", **environment)
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("docker")
 def test_image_has_no_torch(followed):
     if not recipes.docker_answers():
         pytest.skip("no docker daemon answers")

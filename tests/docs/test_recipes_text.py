@@ -14,8 +14,6 @@ import transformers
 from helpers import recipes
 from serve_testing import Server
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 PAIR = "Translate another language pair"
 SUMMARY = "Summarise texts"
 MARIAN = "Helsinki-NLP/opus-mt-de-en"
