@@ -95,7 +95,7 @@ def environment(folder: Path) -> dict[str, str]:
     return kept | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "METAFLOW_HOME": str(folder),
-        "METAFLOW_USER": os.environ.get("USER") or "demo",
+        "METAFLOW_USER": "demo",  # Metaflow refuses root
         "RAY_ADDRESS": "local",
         "RAY_TMPDIR": str(folder),
         # As fast for a model this small, and not slowed down by other programs.

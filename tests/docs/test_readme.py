@@ -38,7 +38,8 @@ def lines_of_demo():
 def test_make_demo_without_a_terminal(tmp_path):
     expected, _ = lines_of_demo()
     with alone(8000):
-        output = run("make demo < /dev/null", ROOT, clean(tmp_path), seconds=900)
+        as_root = {**clean(tmp_path), "USER": "root"}  # as in a container
+        output = run("make demo < /dev/null", ROOT, as_root, seconds=900)
     assert shows(output, expected), output
     assert len(output.splitlines()) == len("\n".join(expected).strip().splitlines()), output
     assert "Done!" in (ROOT / "demo.log").read_text()
