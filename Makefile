@@ -59,7 +59,7 @@ demo: setup ## train, export, serve and ask the translator; at a terminal the se
 test: setup ## run the tests of all that a user's copy depends on, in minutes
 	@$(BIN)/python -m pytest -m "not slow"
 
-test-all: setup ## run every test, half an hour
+test-all: setup ## run every test, three quarters of an hour
 	@$(BIN)/python -m pytest
 
 bench: setup $(PEERS) ## compare the server with its peers, an hour; make bench BENCH="--rounds 1 --seconds 5"
