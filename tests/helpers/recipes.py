@@ -304,7 +304,8 @@ def image(folder, tag):
 
 def run_copied_test(folder, name, **environment):
     """Run a copied test of the mechanics, which passes whatever the task is, without a network."""
-    command = f"python -m pytest -q -x -p no:cacheprovider -p no:xdist {name}"
+    # By default pytest closes its folder to others, in which a test beside this one runs as nobody.
+    command = f"python -m pytest -q -x -p no:cacheprovider -p no:xdist --basetemp=scratch {name}"
     if can_cut_network():
         command = WITHOUT_NETWORK + command
     code, output = run(folder, command, seconds=1500, **environment)
