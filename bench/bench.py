@@ -251,7 +251,7 @@ async def open_loop(server, rate, seconds):
 
 
 async def beside_lists(server, seconds):
-    """The same for one client that sends single texts, beside others that send lists of 900."""
+    """The same for a client that sends single texts while others send lists of 900."""
     many, found = itertools.cycle(texts("mixed")), []
 
     async def send_lists(line):

@@ -1,4 +1,4 @@
-"""Break the server and the flow on purpose and count what is lost: `make faults`.
+"""Cause failures in the server and the flow, and count what is lost: `make faults`.
 
     PYTHONPATH=templates:tests python -m reliability [--times 10] [--seconds 300] [--only NAME ...]
 

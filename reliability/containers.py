@@ -21,7 +21,7 @@ def told_to_stop(container, load):
 
 
 def killed(container, load):
-    """The whole container, head of Ray and all, killed and started again."""
+    """Kill the whole container, including the head of Ray, and start it again."""
     pods.docker("kill", container.id)
     pods.docker("start", container.id)
 

@@ -1,4 +1,4 @@
-"""What every job here shares: a load during which something breaks, and what it cost."""
+"""What the jobs share: a load during which something breaks, and a count of what was lost."""
 
 import contextlib
 import re

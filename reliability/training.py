@@ -29,7 +29,7 @@ from reliability.measure import row
 
 
 def flow(folder, *arguments, command="run", before=()):
-    """The flow as a process of its own, in a session of its own."""
+    """Start the flow in a new process and a new session."""
     return subprocess.Popen(
         [sys.executable, str(FLOW), "--no-pylint", *before, command, *arguments],
         cwd=folder,
@@ -80,7 +80,7 @@ def kill_task(folder, right, seconds):
 
 
 def kill_flow(folder, right, seconds):
-    """kill -9 of the whole flow, at any time."""
+    """kill -9 the whole flow, at any time."""
     running = flow(folder, *EPOCHS)
     time.sleep(random.uniform(1, seconds))
     for each in [
@@ -128,7 +128,7 @@ def exporter(folder):
 
 
 def export_interrupted(folder, right, seconds):
-    """kill -9 of an export that replaces a model: there is the old one, or the new one, whole."""
+    """kill -9 an export that replaces a model: the old or the new model is there, complete."""
     command = exporter(folder)
     subprocess.run(
         command,
@@ -154,7 +154,7 @@ def export_interrupted(folder, right, seconds):
 
 
 def export_during_a_run(folder, right, seconds):
-    """An export while another run is under way: the model of the one that is done, whole."""
+    """Export during another run: the complete model of the finished run is exported."""
     command = exporter(folder)
     begin, running = time.monotonic(), flow(folder, *EPOCHS, "--seed", "2")
     time.sleep(random.uniform(1, seconds))
@@ -220,7 +220,7 @@ def s3_errors(folder, right, seconds):
 
 
 def wandb_dies(folder, right, seconds):
-    """The W&B server ends, or freezes, as soon as the run has begun: the training goes on."""
+    """The W&B server stops or freezes right after the run starts: training continues."""
     begin = time.monotonic()
     with (
         StandIn(random.choice(["dies", "freezes"])) as server,

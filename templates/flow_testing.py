@@ -1,5 +1,5 @@
 # flow_testing.py, version 0.1.0
-"""Run template_flow.py as its tests need it: as a command, in a folder of its own.
+"""Run template_flow.py for its tests: as a command, in a temporary folder.
 
 code, output = run(folder, "--epochs", "2")
 scores = artifacts(folder, "evaluate")["scores"]
@@ -62,7 +62,7 @@ def run(folder, *arguments, command=("run",), flow=FLOW, seconds=400, **environm
 
 
 def artifacts(folder, step, **environment):
-    """Return the artifacts of the newest task of a step, read in a process of its own."""
+    """Return the artifacts of the newest task of a step, read in a separate process."""
     script = f"""
 import pickle, sys
 for heavy in ("torch", "transformers", "wandb"):

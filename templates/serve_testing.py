@@ -1,11 +1,11 @@
 # serve_testing.py, version 0.1.0
-"""What the tests of the server share: a server in a process of its own, a toy app, configs.
+"""What the tests of the server share: a server in a separate process, a toy app, configs.
 
     with Server(folder, "run", "serve_config.yaml") as server:
         status, answer = server.wait().ask(body={"text": "Hello world!"})
 
-Each server has a Ray of its own. Its ports are free ones; its processes and temporary files end
-with it. It knows its route from the command.
+Each server starts its own Ray on free ports, and removes its processes and temporary files when it
+ends. It reads its route from the command.
 """
 
 import ast
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 import psutil  # Ray needs it too
@@ -31,7 +32,7 @@ ROUTE = "/toy"  # of the toy
 
 # -- A server --------------------------------------------------------------------------------------
 
-# Start Ray in a folder of its own, on free ports; then hand over to the command line `serve`.
+# Start Ray in a separate folder, on free ports; then run the command line `serve`.
 START = """
 import json, sys, ray
 from ray import serve
@@ -153,6 +154,19 @@ class Server:
             time.sleep(0.2)
         raise AssertionError(self.log.read_text())
 
+    def metrics(self):
+        """Return what Prometheus would read from all processes of Ray that are up, as text."""
+        targets = next(Path(self.scratch).rglob("prom_metrics_service_discovery.json"))
+        text = ""
+        for group in json.loads(targets.read_text()):
+            for target in group["targets"]:
+                try:
+                    reply = urllib.request.urlopen(f"http://{target}/metrics", timeout=10)
+                    text += reply.read().decode()
+                except OSError:
+                    pass  # not up yet
+        return text
+
     def ask(
         self,
         path=None,
@@ -189,6 +203,7 @@ class Server:
 
 TOY = '''
 import time
+import urllib.request
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -264,7 +279,7 @@ def parts_of(app):
 
 
 def used_by(settings, imports):
-    """Return your imports without those that only your work needs."""
+    """Return your imports, except those that only your work needs."""
     code = ast.walk(ast.parse(imports + settings))
     used = {node.id for node in code if isinstance(node, ast.Name)}
     kept = []

@@ -277,7 +277,7 @@ class Model:
         tokenizer.set_tgt_lang_special_tokens(code)
         if codes[code] in tokenizer.prefix_tokens:
             generation.forced_bos_token_id = codes[code]
-        else:  # the first mBART has the language in the place of the start
+        else:  # in the first mBART, the language replaces the start token
             generation.forced_bos_token_id = None
             generation.decoder_start_token_id = codes[code]
         tokenizer.set_src_lang_special_tokens(tokenizer.src_lang)
@@ -844,7 +844,7 @@ class Batcher:
         self.input_size.add(size)
 
     def next_batch(self) -> dict[asyncio.Future, Waiting]:
-        """Take inputs of small requests first, and among them those of like size.
+        """Take the inputs of small requests first, and among these, inputs of similar size.
 
         So a text never waits for the lists of others, and little is padded. A quarter of all
         places belongs to the request that has waited longest: no large one waits forever.
@@ -1111,7 +1111,7 @@ class ModelServer:
     @api.get("/health")
     @api.head("/health", include_in_schema=False)
     async def health(self) -> dict[str, str]:
-        """Answer at once, also while the model is busy, unless it is stuck."""
+        """Answer immediately, even while the model is busy, unless it is stuck."""
         limit = self.settings.timeout_s
         if self.batcher.seconds_busy() > limit:
             raise HTTPException(503, f"One batch has taken longer than {limit:g} seconds.")

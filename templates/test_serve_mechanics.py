@@ -17,7 +17,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -320,19 +319,11 @@ def test_metrics_begin_with_the_name(app, small_server):
     ask(small_server, "hello")
     parts = ("batch_size", "batches", "inputs", "input_size", "long_texts")
     names = {f"ray_{app.NAME}_{part}" for part in parts}
-    targets = next(Path(small_server.scratch).rglob("prom_metrics_service_discovery.json"))
     end = time.monotonic() + 400
     missing = names
     while missing and time.monotonic() < end:
         time.sleep(1)
-        text = ""
-        for group in json.loads(targets.read_text()):
-            for target in group["targets"]:
-                try:
-                    reply = urllib.request.urlopen(f"http://{target}/metrics", timeout=10)
-                    text += reply.read().decode()
-                except OSError:
-                    pass  # not up yet
+        text = small_server.metrics()
         missing = {name for name in names if f"\n{name}" not in text}
     assert not missing
 

@@ -1,4 +1,4 @@
-"""List the copies of templates/ in another repository, and merge what is new into them.
+"""List the copies of templates/ in another repository, and merge new versions into them.
 
     python tools/outdated.py ../my-repository
     python tools/outdated.py --merge ../my-repository
@@ -65,7 +65,7 @@ def encode(text: str) -> bytes:
 
 
 def plain(text: str) -> str:
-    """Without what is no change: the number of the release, and the ends of the lines."""
+    """Return the text without what is not a change: the release number and the line endings."""
     text = re.sub(r'(, version |image\.version=")\d+\.\d+\.\d+', r"\1", text)
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 

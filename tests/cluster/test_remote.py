@@ -26,6 +26,7 @@ import boto3
 import psutil
 import pytest
 from helpers.flows import epochs
+from helpers.images import described, saved
 from helpers.leaks import find
 from helpers.loopback import build_options, served
 from helpers.remote import argo, jobs, pods
@@ -352,13 +353,9 @@ def test_image_runs_as_anybody_and_holds_no_secret(image, tmp_path):
     assert asked.returncode == 0 and int(asked.stdout.split()[0]) >= 1000, asked.stdout
     size = int(pods.docker("image", "inspect", image, "--format", "{{.Size}}").stdout)
     assert "nvidia" not in asked.stdout and size < 2e9  # the CPU build of torch
-    described = (
-        pods.docker("image", "inspect", image).stdout
-        + pods.docker("history", "--no-trunc", image).stdout
-    )
-    assert "org.opencontainers.image.title" in described and find(CANARY, described.encode()) == 0
-    with subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE) as saved:
-        whole = b"".join(iter(lambda: saved.stdout.read(1 << 24), b""))
+    about = described(image)
+    assert "org.opencontainers.image.title" in about and find(CANARY, about.encode()) == 0
+    whole = saved(image)
     assert find(CANARY, whole) == 0 < find("METAFLOW_USER=flow", whole)
     for user in ("54321:54321", "12345:0"):
         done = pods.docker(

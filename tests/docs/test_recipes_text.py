@@ -4,7 +4,6 @@ The models to start from are tiny and have random weights, but the files and the
 their family: a Marian has two sentencepiece models, an mT5 has one.
 """
 
-import io
 import json
 from types import SimpleNamespace
 
@@ -12,6 +11,7 @@ import pytest
 import sentencepiece
 import transformers
 from helpers import recipes
+from helpers.families import train_pieces
 from serve_testing import Server
 
 PAIR = "Translate another language pair"
@@ -91,23 +91,6 @@ def write_tsv(path, header, rows):
 
 
 # -- Models to start from, with the files that the hub has for them --------------------------------
-
-
-def train_pieces(path, texts, size, **options):
-    """Write a sentencepiece model made from the texts; return its pieces."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=model,
-        vocab_size=size,
-        hard_vocab_limit=False,
-        character_coverage=1.0,
-        minloglevel=2,
-        **options,
-    )
-    path.write_bytes(model.getvalue())
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    return [pieces.id_to_piece(number) for number in range(len(pieces))]
 
 
 def make_marian(folder):

@@ -36,7 +36,7 @@ def find():
 
 
 class Browser:
-    """One page of a browser of its own, which ends with it and leaves no file."""
+    """One page in a new browser, which closes with the page and leaves no files."""
 
     def __init__(self, width=1000, height=700, dark=False, scale=1):
         self.size = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": False}

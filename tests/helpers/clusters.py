@@ -12,7 +12,7 @@ TOKEN = ["--env=RAY_AUTH_MODE=token", f"--env=RAY_AUTH_TOKEN={'a' * 32}"]
 
 
 class ContainerCluster:
-    """A head without replicas and workers with one CPU each, on a network of their own."""
+    """A head without replicas and workers with one CPU each, on a separate network."""
 
     def __init__(self, tag, config, workers):
         self.name = f"template-serve-{uuid.uuid4().hex[:8]}"

@@ -74,18 +74,17 @@ SPECIAL = {
 }
 
 
-def train_pieces(file, texts, kind="unigram", **ids):
-    """Write a sentencepiece model; return its pieces."""
+def train_pieces(file, texts, vocab_size, **options):
+    """Write a sentencepiece model of at most so many pieces; return them."""
     with file.open("wb") as writer:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
             model_writer=writer,
-            model_type=kind,
-            vocab_size=300,
+            vocab_size=vocab_size,
             hard_vocab_limit=False,
             character_coverage=1.0,
             minloglevel=2,
-            **ids,
+            **options,
         )
     model = sentencepiece.SentencePieceProcessor(model_file=str(file))
     return [model.id_to_piece(number) for number in range(model.get_piece_size())]
@@ -106,8 +105,8 @@ def write_vocabulary(name, folder, sources, targets):
         bpe.save_model(str(folder))
     elif name.startswith("Marian"):
         ids = {"bos_id": -1, "eos_id": 0, "unk_id": 1}
-        of_sources = train_pieces(folder / "source.spm", sources, **ids)
-        of_targets = train_pieces(folder / "target.spm", targets, **ids)
+        of_sources = train_pieces(folder / "source.spm", sources, 300, **ids)
+        of_targets = train_pieces(folder / "target.spm", targets, 300, **ids)
         if "two" in name:
             write_numbers(folder / "vocab.json", [*of_sources, "<pad>"])
             write_numbers(folder / "target_vocab.json", [*of_targets[:9], "<pad>", *of_targets[9:]])
@@ -116,20 +115,20 @@ def write_vocabulary(name, folder, sources, targets):
             both = [*of_sources[:2], *tags, *of_sources, *of_targets, "<pad>"]
             write_numbers(folder / "vocab.json", both)
     elif name == "M2M100":
-        pieces = train_pieces(folder / "sentencepiece.bpe.model", texts, "bpe")
+        pieces = train_pieces(folder / "sentencepiece.bpe.model", texts, 300, model_type="bpe")
         write_numbers(folder / "vocab.json", ["<s>", "<pad>", "</s>", "<unk>", *pieces])
     elif name == "NLLB":
-        train_pieces(folder / "sentencepiece.bpe.model", texts, "bpe")
+        train_pieces(folder / "sentencepiece.bpe.model", texts, 300, model_type="bpe")
     elif "mBART" in name:
-        train_pieces(folder / "sentencepiece.bpe.model", texts)
+        train_pieces(folder / "sentencepiece.bpe.model", texts, 300)
     elif name == "PEGASUS":
         ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
         symbols = ["<mask_1>", "<mask_2>", *[f"<unk_{number}>" for number in range(2, 103)]]
-        train_pieces(folder / "spiece.model", texts, user_defined_symbols=symbols, **ids)
+        train_pieces(folder / "spiece.model", texts, 300, user_defined_symbols=symbols, **ids)
     else:
         ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
         symbols = ["<2fr>", "<2de>", "<2en>"] if name == "MADLAD" else []
-        train_pieces(folder / "spiece.model", texts, user_defined_symbols=symbols, **ids)
+        train_pieces(folder / "spiece.model", texts, 300, user_defined_symbols=symbols, **ids)
 
 
 def make(name, folder, pairs, **changes):

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import subprocess
 import time
 
 from helpers.loopback import build_options
@@ -45,6 +46,18 @@ def build(folder, tag):
         )
     assert done.returncode == 0, done.stdout[-5000:]
     return time.monotonic() - begin, done.stdout
+
+
+def described(image):
+    """Return what Docker tells about an image and its layers."""
+    inspected = pods.docker("image", "inspect", image).stdout
+    return inspected + pods.docker("history", "--no-trunc", image).stdout
+
+
+def saved(image):
+    """Return the bytes of all layers of an image."""
+    with subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE) as process:
+        return b"".join(iter(lambda: process.stdout.read(1 << 24), b""))
 
 
 class Container:

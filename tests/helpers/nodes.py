@@ -7,7 +7,7 @@ from serve_testing import START, Server
 
 
 class ThreeNodes(Server):
-    """`serve ARGUMENTS` on three nodes of one CPU, each with a raylet of its own."""
+    """`serve ARGUMENTS` on three nodes of one CPU, each with its own raylet."""
 
     start = re.sub(
         "^for tries_left.*?(?=^serve)",

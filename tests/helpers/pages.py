@@ -30,18 +30,26 @@ NOT_RUN = {  # pattern: why
 }
 
 
-def commands(page=ROOT / "README.md"):
-    """[(command, lines of output that follow it), ...] in the order of a page."""
+def blocks_in(text, language):
+    """Return the blocks in this language of a text in Markdown."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def commands_in(text):
+    """Return [(command, lines of output that follow it), ...] of a text in Markdown."""
     found = []
-    for block in re.findall(
-        r"^```console\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE
-    ):
+    for block in blocks_in(text, "console"):
         for line in block.replace("\\\n", "").splitlines():  # a command may go on in the next line
             if line.startswith("$ "):
                 found.append((line[2:], []))
             else:
                 found[-1][1].append(line)
     return found
+
+
+def commands(page=ROOT / "README.md"):
+    """Return the commands of a page, and what they print."""
+    return commands_in(page.read_text("utf-8"))
 
 
 def not_run(command):
@@ -112,5 +120,5 @@ def run_all(pairs, folder):
 
 
 def blocks(name, language):
-    text = (ROOT / "docs" / name).read_text("utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    """Return the blocks of a page in docs/."""
+    return blocks_in((ROOT / "docs" / name).read_text("utf-8"), language)

@@ -20,7 +20,7 @@ import time
 
 import flow_testing
 from helpers.images import Container, build
-from helpers.pages import shows
+from helpers.pages import blocks_in, commands_in, shows
 from helpers.remote import pods
 from helpers.repository import ROOT, template_files
 from helpers.shell import WITHOUT_NETWORK, can_cut_network, clean, execute
@@ -45,19 +45,12 @@ def part_of_page(heading):
 
 def blocks(heading, language):
     """Return the blocks of a part of the page in this language."""
-    pattern = rf"^```{language}\n(.*?)^```"
-    return re.findall(pattern, part_of_page(heading), re.DOTALL | re.MULTILINE)
+    return blocks_in(part_of_page(heading), language)
 
 
 def commands(heading):
     """Return [(command, lines of output that follow it), ...] of a part of the page."""
-    found = []
-    for line in "".join(blocks(heading, "console")).splitlines():
-        if line.startswith("$ "):
-            found.append((line[2:], []))
-        else:
-            found[-1][1].append(line)
-    return found
+    return commands_in(part_of_page(heading))
 
 
 def changes(heading):

@@ -9,5 +9,5 @@ KEYS = {
 }
 # Replaces Outerbounds' own login, for a test's process and for its pods.
 EXTENSION = Path(__file__).parent / "remote/extension"
-# Prints what is stored of a run, pickled.
+# Prints the stored artifacts and cards of a run, pickled.
 READ_RUN = Path(__file__).parent / "remote/read_run.py"

@@ -1,6 +1,7 @@
 """Run commands as somebody does who just opened a terminal."""
 
 import os
+import pwd
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,27 @@ WITHOUT_NETWORK = """unshare --net sh -c 'ip link set lo up && exec "$@"' sh """
 
 def can_cut_network():
     return os.geteuid() == 0 and bool(shutil.which("unshare") and shutil.which("ip"))
+
+
+def give_to_nobody(folder):
+    """Give a folder to the user nobody; return what runs a command as that user.
+
+    They may read everything, as the interpreter may lie in root's home.
+    """
+    user = pwd.getpwnam("nobody")
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, user.pw_uid, user.pw_gid)
+    for parent in folder.parents:  # pytest closes its folders to others
+        if parent.stat().st_uid == 0 and parent != Path("/"):
+            parent.chmod(parent.stat().st_mode | 0o055)
+    return (
+        "setpriv",
+        f"--reuid={user.pw_uid}",
+        f"--regid={user.pw_gid}",
+        "--clear-groups",
+        "--inh-caps=+dac_read_search",
+        "--ambient-caps=+dac_read_search",
+    )
 
 
 def execute(command, folder, environment, seconds=900):

@@ -1,4 +1,4 @@
-"""Run a command at a terminal, as somebody sits there who can press keys."""
+"""Run a command at a terminal, as a person does who can press keys."""
 
 import contextlib
 import fcntl
@@ -13,7 +13,7 @@ import time
 
 @contextlib.contextmanager
 def at_terminal(command, folder, environment):
-    """Run a command at a terminal of its own; yield the process and the terminal's other end."""
+    """Run a command at a new terminal; yield the process and the terminal's other end."""
     ours, its = pty.openpty()
     process = subprocess.Popen(
         shlex.split(command),

@@ -2,14 +2,13 @@
 
 import json
 import re
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import yaml
 from helpers.app import with_code_in_call
-from helpers.images import CANARY, FILES, LABEL, RUN, Container, build, mounted
+from helpers.images import CANARY, FILES, LABEL, RUN, Container, build, described, mounted, saved
 from helpers.leaks import find
 from helpers.remote import pods
 from tiny_translator import PAIRS
@@ -21,13 +20,9 @@ def test_image_is_small_and_holds_no_secret_and_no_cache(image):
     size = int(pods.docker("image", "inspect", image, "--format", "{{.Size}}").stdout)
     print(f"{size / 1e9:.2f} GB")
     assert size < 1.5e9
-    described = (
-        pods.docker("image", "inspect", image).stdout
-        + pods.docker("history", "--no-trunc", image).stdout
-    )
-    assert "org.opencontainers.image.title" in described and find(CANARY, described.encode()) == 0
-    with subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE) as saved:
-        whole = b"".join(iter(lambda: saved.stdout.read(1 << 24), b""))
+    about = described(image)
+    assert "org.opencontainers.image.title" in about and find(CANARY, about.encode()) == 0
+    whole = saved(image)
     assert find(CANARY, whole) == 0 < find("RAY_USAGE_STATS_ENABLED=0", whole)
     looked = pods.docker(
         "run",

@@ -1,4 +1,4 @@
-"""No setting of W&B ends a training: it is tracked as far as W&B accepts what is set."""
+"""No W&B setting stops a training: it is tracked as far as W&B accepts the settings."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The server and its clients: requests as they really send them, and lists beside single texts."""
+"""Requests as real clients send them, and lists next to single texts."""
 
 import contextlib
 import gzip
@@ -8,9 +8,7 @@ import shutil
 import subprocess
 import threading
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import rayserve_entrypoint
@@ -64,17 +62,9 @@ def trace(server):
 
 def metrics(server):
     """Return {name: sum over all that report it}."""
-    targets = next(Path(server.scratch).rglob("prom_metrics_service_discovery.json"))
     found = {}
-    for group in json.loads(targets.read_text()):
-        for target in group["targets"]:
-            try:
-                reply = urllib.request.urlopen(f"http://{target}/metrics", timeout=60)
-                text = reply.read().decode()
-            except OSError:
-                continue  # not up yet
-            for name, value in re.findall(r"^(\w+)\{.*\} (\S+)$", text, re.MULTILINE):
-                found[name] = found.get(name, 0) + float(value)
+    for name, value in re.findall(r"^(\w+)\{.*\} (\S+)$", server.metrics(), re.MULTILINE):
+        found[name] = found.get(name, 0) + float(value)
     return found
 
 
@@ -187,7 +177,7 @@ def test_a_request_is_answered_or_told_the_true_cause(server, tmp_path, name):
         assert cause in error["message"]
 
 
-# -- Lists beside single texts ---------------------------------------------------------------------
+# -- Lists next to single texts --------------------------------------------------------------------
 
 
 def batches_waited(events, text):

@@ -1,4 +1,4 @@
-"""`check_serve_config.py --deploy` tells the truth: what is in the folder answers, or it says."""
+"""What `check_serve_config.py --deploy` says is true: which model and which code are served."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def write_config(folder, **changes):
 
 
 def set_replicas(folder, number):
-    """Ask for so many replicas: Ray adds some beside the first, as it does under load."""
+    """Set the number of replicas: Ray adds some to the first, as it does under load."""
     config = yaml.safe_load((folder / CONFIG).read_text())
     (deployment,) = config["applications"][0]["deployments"]
     deployment["autoscaling_config"] = {"min_replicas": number, "max_replicas": number}
@@ -42,7 +42,7 @@ def set_replicas(folder, number):
 
 
 def replace_model(folder, end):
-    """Put a model in the place of the one that is there, as `export_model.py --replace` does."""
+    """Replace the model, as `export_model.py --replace` does."""
     new = folder / "new"
     write_model(new, [("hello", f"HELLO{end}")], end)
     model = folder / "model"
@@ -84,7 +84,7 @@ def run(server, *arguments):
 
 
 def deploy(server):
-    """Deploy what is in the folder; return what the command says."""
+    """Deploy the files in the folder; return what the command prints."""
     done = run(server)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
@@ -93,7 +93,7 @@ def deploy(server):
 
 
 def answers(server, number=40):
-    """Return the different answers to one text, asked by several clients, and what is served."""
+    """Return the distinct answers to one text, and what /health reports, from several clients."""
     with ThreadPoolExecutor(8) as pool:
         asked = pool.map(lambda _: server.ask(body={"text": "hello"}), range(number))
         found = {str(answer.get("loud", answer)) for _, answer in asked}
@@ -103,7 +103,7 @@ def answers(server, number=40):
 
 
 def applications(server):
-    """Return what Ray tells of the applications."""
+    """Return what Ray reports about the applications."""
     url = f"http://127.0.0.1:{server.dashboard}/api/serve/applications/"
     token = server.environment["RAY_AUTH_TOKEN"]
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})

@@ -4,7 +4,6 @@ Each model is tiny, and learns a few pairs by heart, in the languages that its f
 apart. Its tokenizer is of the family's own class, with pieces that are trained here.
 """
 
-import io
 import json
 import os
 import shutil
@@ -12,11 +11,10 @@ import subprocess
 import sys
 
 import pytest
-import sentencepiece
 import template_ray_serve as app
 import torch
 import transformers
-from helpers import recipes
+from helpers import families, recipes
 from helpers.repository import ROOT
 from transformers.models.m2m_100.tokenization_m2m_100 import FAIRSEQ_LANGUAGE_CODES as M2M100_CODES
 from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES as NLLB_CODES
@@ -52,16 +50,8 @@ def texts():
     return [*found, *map(str.swapcase, found), "0 1 2 3 4 5 6 7 8 9 < > / _ : ( ) translate to"]
 
 
-def train_pieces(file, **options):
-    """Write a sentencepiece model; return its pieces."""
-    model = io.BytesIO()
-    options = {"vocab_size": 200, "character_coverage": 1.0, "minloglevel": 2, **options}
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts()), model_writer=model, hard_vocab_limit=False, **options
-    )
-    file.write_bytes(model.getvalue())
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    return [pieces.id_to_piece(number) for number in range(len(pieces))]
+def train_pieces(file, vocab_size=200, **options):
+    return families.train_pieces(file, texts(), vocab_size, **options)
 
 
 def write_json(file, **values):
@@ -347,12 +337,6 @@ def make_family(name, folder):
     make_tokenizer, make_network, languages = FAMILIES[name]
     folder.mkdir()
     make_tokenizer(folder)
-    if name != "BART":  # which has a tokenizer.json
-        model_type = make_network.__name__.removesuffix("_network")
-        known = {"t5_v1_1": "t5", "madlad": "t5", "mbart50": "mbart", "m2m100": "m2m_100"}
-        write_json(folder / "config.json", model_type=known.get(model_type, model_type))
-    else:
-        write_json(folder / "config.json", model_type="bart")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     transformers.set_seed(0)
     network = make_network(tokenizer)

@@ -7,9 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import yaml
@@ -192,20 +190,10 @@ def test_metrics_tell_of_batches_and_keep_routes_few(server):
     told = re.findall(
         r"ray_\w+", (TEMPLATES.parent / "docs/serve.md").read_text().split("| metric for")[1]
     )
-    targets = next(Path(server.scratch).rglob("prom_metrics_service_discovery.json"))
     end, text, missing = time.monotonic() + 400, "", set(told)
     while time.monotonic() < end and (missing or "serve_num_http" not in text):
         time.sleep(1)
-        text = ""
-        for target in [
-            target for group in json.loads(targets.read_text()) for target in group["targets"]
-        ]:
-            try:
-                text += (
-                    urllib.request.urlopen(f"http://{target}/metrics", timeout=10).read().decode()
-                )
-            except OSError:
-                pass  # that one is not up yet
+        text = server.metrics()
         missing = {name for name in told if f"\n{name}" not in text}
     assert "translator_batch_size_bucket" in text and "translator_input_size" in text
     assert len(told) == 7 and not missing, sorted(set(re.findall(r"^ray_\w+", text, re.M)))

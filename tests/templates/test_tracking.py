@@ -3,18 +3,17 @@
 import contextlib
 import json
 import os
-import pwd
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 from flow_testing import FLOW, artifacts, cards, clean_environment
+from helpers.shell import give_to_nobody
 from helpers.tracking import KEY, Done, tracked
 from helpers.wandb_server import StandIn
 
@@ -37,28 +36,12 @@ def together(tmp_path_factory, cases):
 
 
 def nobody(folder, server):
-    """Run the flow as a user who may write only in this folder.
-
-    They may read everything, as the interpreter may lie in root's home.
-    """
-    user = pwd.getpwnam("nobody")
-    locked = folder / "locked"
-    locked.mkdir(mode=0o555)
-    for path in [folder, *folder.parents]:
-        if path.is_relative_to(tempfile.gettempdir()) and path != Path(tempfile.gettempdir()):
-            os.chmod(path, 0o755)  # pytest's own folders are root's alone
-    os.chown(folder, user.pw_uid, user.pw_gid)
-    before = (
-        "setpriv",
-        f"--reuid={user.pw_uid}",
-        f"--regid={user.pw_gid}",
-        "--clear-groups",
-        "--inh-caps=+dac_read_search",
-        "--ambient-caps=+dac_read_search",
-    )
+    """Run the flow as a user who may write only in this folder."""
     temporary = folder / "temporary"
     temporary.mkdir()
-    os.chown(temporary, user.pw_uid, user.pw_gid)
+    before = give_to_nobody(folder)
+    locked = folder / "locked"
+    locked.mkdir(mode=0o555)
     return tracked(
         folder, server, *SHORT, before=before, WANDB_DIR=str(locked), TMPDIR=str(temporary)
     )
