@@ -75,9 +75,10 @@ def serve(command: list[str]) -> int:
         signal.signal(number, signal.SIG_DFL)  # a second signal ends it at once
         try:
             drain()
+            server.send_signal(signal.SIGINT)
         except Exception as error:  # it is not up yet, or no longer
             print(f"stopping without a drain: {type(error).__name__}", file=sys.stderr)
-        server.send_signal(signal.SIGINT)
+            server.terminate()  # SIGINT while Python imports prints a traceback
 
     for number in SIGNALS:
         signal.signal(number, stop)

@@ -111,10 +111,14 @@ class Browser:
         failed = self.call("Page.navigate", url=url).get("errorText")
         assert not failed, (url, failed)
         self.wait("location.href !== 'about:blank' && document.readyState === 'complete'")
+        # Before its first frame a page has no focus yet, and drops keys.
+        self.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def evaluate(self, expression):
         """Return the value of a JavaScript expression in the page."""
-        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        result = self.call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 

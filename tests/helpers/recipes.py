@@ -298,7 +298,9 @@ def image(folder, tag):
 def run_copied_test(folder, name, **environment):
     """Run a copied test of the mechanics, which passes whatever the task is, without a network."""
     # By default pytest closes its folder to others, in which a test beside this one runs as nobody.
-    command = f"python -m pytest -q -x -p no:cacheprovider -p no:xdist --basetemp=scratch {name}"
+    # Not within the project: Metaflow writes to the first .metaflow that it finds on the way up.
+    scratch = f"{folder}-scratch"
+    command = f"python -m pytest -q -x -p no:cacheprovider -p no:xdist --basetemp={scratch} {name}"
     if can_cut_network():
         command = WITHOUT_NETWORK + command
     code, output = run(folder, command, seconds=1500, **environment)

@@ -111,7 +111,7 @@ def test_copied_tests_pass_without_a_network(what, tmp_path):
     """The tests of the mechanics are run like this by those of the recipes."""
     tests, *files = COPIED[what]
     folder = git_repository(tmp_path / what, *files)
-    options = "-q -p no:cacheprovider -p no:xdist --basetemp=scratch"
+    options = f"-q -p no:cacheprovider -p no:xdist --basetemp={tmp_path}/scratch"
     command = f"{sys.executable} -m pytest {options} {tests}"
     code, output = run(
         ["bash", "-c", shell.WITHOUT_NETWORK + command], folder, seconds=1500, **STRAY

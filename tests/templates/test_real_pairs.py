@@ -12,7 +12,8 @@ def test_message_catalogues_of_other_projects(tmp_path):
     code, output = run(tmp_path, "--data", "pairs.tsv", "--epochs", "9", seconds=1500)
     assert code == 0, output
     found = artifacts(tmp_path, "evaluate")
-    assert len(found["examples"]) > 5000 and len(found["held_out"]) > 500
+    assert len(found["examples"]) > 5000
+    assert 400 < len(found["held_out"]) < 600  # a tenth; equal texts stay on one side
     assert found["scores"]["chrf"] > found["scores"]["baseline_chrf"] + 2
     texts = "".join(source + target for source, target in found["examples"])
     assert all(odd in texts for odd in ("%s", "%(", "<", "\u00a0", "é", "{"))
