@@ -112,7 +112,9 @@ class Browser:
         assert not failed, (url, failed)
         self.wait("location.href !== 'about:blank' && document.readyState === 'complete'")
         # Before its first frame a page has no focus yet, and drops keys.
-        self.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        self.evaluate(
+            "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+        )
 
     def evaluate(self, expression):
         """Return the value of a JavaScript expression in the page."""
