@@ -772,7 +772,7 @@ class Batcher:
         self.max_batch_size = max_batch_size
         self.thread = thread
         self.waiting: dict[asyncio.Future, Waiting] = {}  # for each output to come, oldest first
-        self.newest = 0.0  # when the last input came
+        self.arrived = asyncio.Event()
         self.busy_since: float | None = None
         self.share = 0.0  # places in the next batch that are kept for the oldest request
         self.worker: asyncio.Task | None = None
@@ -792,7 +792,7 @@ class Batcher:
             output = loop.create_future()
             self.waiting[output] = Waiting(item, self.model.size(item), rank, inputs)
             outputs.append(output)
-        self.newest = loop.time()
+        self.arrived.set()
         if self.waiting and (self.worker is None or self.worker.done()):
             self.worker = asyncio.create_task(self.work())
         return outputs
@@ -882,21 +882,24 @@ class Batcher:
             return [self.run([item])[0] for item in batch]
 
     async def wait_for_returning_clients(self, batch_size: int, batch_seconds: float) -> None:
-        """Wait briefly for clients that were just answered and often ask again at once.
+        """Wait for clients that were just answered and often ask again at once.
 
-        One full batch then replaces two half-full ones.
+        One full batch then replaces two half-full ones. Every wait is a share of what the last
+        batch took, and shrinks as they come back: the rule holds at any speed.
         """
         loop = asyncio.get_running_loop()
-        begin = loop.time()
-        patience = begin + 0.1
+        latest = loop.time() + batch_seconds / 2
         expected = min(batch_size + self.drop_cancelled(), self.max_batch_size)
         if expected == 1:
             return
-        while self.drop_cancelled() < expected:
-            if loop.time() > min(patience, begin + batch_seconds / 2):
+        while (missing := expected - self.drop_cancelled()) > 0:
+            patience = batch_seconds / 3 * missing / expected
+            self.arrived.clear()
+            try:
+                async with asyncio.timeout_at(min(loop.time() + patience, latest)):
+                    await self.arrived.wait()
+            except TimeoutError:
                 return
-            await asyncio.sleep(0.002)
-            patience = max(patience, self.newest + 0.05)
 
 
 # -- 4. The page: it sends any request and shows any answer ----------------------------------------

@@ -5,10 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from serve_testing import ROUTE, Server, write_model, write_toy
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow]
 CONFIG = "config.yaml"
-PATIENCE = 100  # seconds
+PATIENCE = 300  # seconds
 
 
 def write_config(folder, **changes):
@@ -33,11 +35,22 @@ def write_config(folder, **changes):
     (folder / CONFIG).write_text(yaml.safe_dump(config))
 
 
-def set_replicas(folder, number):
-    """Set the number of replicas: Ray adds some to the first, as it does under load."""
+AUTOSCALING = {  # from one replica to two and back within seconds, which by default take minutes
+    "min_replicas": 1,
+    "max_replicas": 2,
+    "target_ongoing_requests": 1,
+    "upscale_delay_s": 0.2,
+    "downscale_delay_s": 1,
+    "metrics_interval_s": 0.2,
+    "look_back_period_s": 1,
+}
+
+
+def set_autoscaling(folder, **autoscaling):
+    """Set how many replicas there are; nothing else is changed."""
     config = yaml.safe_load((folder / CONFIG).read_text())
     (deployment,) = config["applications"][0]["deployments"]
-    deployment["autoscaling_config"] = {"min_replicas": number, "max_replicas": number}
+    deployment["autoscaling_config"] = autoscaling
     (folder / CONFIG).write_text(yaml.safe_dump(config))
 
 
@@ -111,6 +124,41 @@ def applications(server):
         return json.load(reply)["applications"]
 
 
+def replicas(server):
+    """Return how many replicas of the app answer."""
+    (deployment,) = applications(server)["translator"]["deployments"].values()
+    return sum(replica["state"] == "RUNNING" for replica in deployment["replicas"])
+
+
+def wait_until(server, is_true):
+    """Wait until a condition is true; fail with what Ray reports."""
+    end = time.monotonic() + PATIENCE
+    while not is_true():
+        assert time.monotonic() < end, applications(server)
+        time.sleep(0.2)
+
+
+@contextmanager
+def busy(server):
+    """Ask all the time from six clients, which must all be answered."""
+    over = threading.Event()
+
+    def client(_):
+        statuses = set()
+        while not over.is_set():
+            status, _ = server.ask(body={"text": "wait 0.2"})
+            statuses.add(status)
+        return statuses
+
+    with ThreadPoolExecutor(6) as pool:
+        found = pool.map(client, range(6))
+        try:
+            yield
+        finally:
+            over.set()
+        assert set().union(*found) == {200}
+
+
 def release():
     """Return the release that the first line of the app names."""
     lines = (TEMPLATES / "template_ray_serve.py").read_text("utf-8").splitlines()
@@ -160,27 +208,17 @@ def test_a_replaced_model_and_a_changed_app_answer_after_the_deploy(server):
 def test_a_replica_that_starts_later_serves_no_other_files(server):
     folder = server.folder
     deploy(server)
+    set_autoscaling(folder, **AUTOSCALING)
+    deploy(server)
     before = answers(server)
+    with busy(server):
+        wait_until(server, lambda: replicas(server) == 2)
+        assert answers(server) == before
+    wait_until(server, lambda: replicas(server) == 1)
+
     replace_model(folder, "?")
-    set_replicas(folder, 2)
-    # `serve deploy` takes an unchanged config for unchanged files, as autoscaling does.
-    config = yaml.safe_load((folder / CONFIG).read_text())
-    running = applications(server)["translator"]["deployed_app_config"]
-    config["applications"][0]["runtime_env"] = running["runtime_env"]
-    (folder / "sent.yaml").write_text(yaml.safe_dump(config))
-    address = f"http://127.0.0.1:{server.dashboard}"
-    command = [sys.executable, "-m", "ray.serve.scripts", "deploy", "sent.yaml", "-a", address]
-    subprocess.run(
-        command,
-        cwd=folder,
-        env=server.environment,
-        check=True,
-        timeout=300,
-        capture_output=True,
-    )
-    end = time.monotonic() + PATIENCE
-    while "was deployed: deploy again" not in str(applications(server)):
-        assert time.monotonic() < end
+    with busy(server):
+        wait_until(server, lambda: "was deployed: deploy again" in str(applications(server)))
         assert answers(server) == before
     assert answers(server) == before
 
@@ -191,7 +229,7 @@ def test_a_replica_that_starts_later_serves_no_other_files(server):
     assert found == {"HELLO?"}
     assert len(served) == 1
     assert served != before[1]
-    set_replicas(folder, 1)
+    set_autoscaling(folder, min_replicas=1, max_replicas=1)
     replace_model(folder, "!")
     deploy(server)
     assert answers(server) == before
