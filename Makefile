@@ -63,7 +63,8 @@ test-all: setup ## run every test, three quarters of an hour
 	@$(BIN)/python -m pytest
 
 bench: setup $(PEERS) ## compare the server with its peers, an hour; make bench BENCH="--rounds 1 --seconds 5"
-	@$(BIN)/python bench/bench.py $(BENCH)
+	@export PYTHONPATH=templates:tests
+	$(BIN)/python bench/bench.py $(BENCH)
 	$(BIN)/python bench/scale.py
 
 faults: setup ## cause failures under load and count what is lost, three hours; make faults FAULTS="--times 3 --seconds 60"

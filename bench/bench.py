@@ -13,7 +13,6 @@ import asyncio
 import itertools
 import json
 import os
-import random
 import shutil
 import signal
 import statistics
@@ -26,6 +25,7 @@ from pathlib import Path
 import matplotlib
 import psutil
 import yaml
+from helpers.arrivals import percentile, random_arrivals
 from model import texts
 
 HERE = Path(__file__).parent
@@ -201,11 +201,11 @@ class Line:
 
 def figures(asked, rate):
     """The results of [(seconds, whether there was an answer), ...] at this rate."""
-    times = sorted(took for took, good in asked if good)
+    times = [1000 * took for took, good in asked if good]
     return {
         "requests_per_s": rate,
-        "p50_ms": 1000 * statistics.median(times),
-        "p99_ms": 1000 * times[int(len(times) * 0.99)],
+        "p50_ms": percentile(times, 50),
+        "p99_ms": percentile(times, 99),
         "errors": len(asked) - len(times),
     }
 
@@ -235,19 +235,16 @@ async def closed_loop(server, clients, mix, seconds):
 
 async def open_loop(server, rate, seconds):
     """The same for random arrivals, `rate` a second, whether the others are served or not."""
-    many, chance, idle, times, tasks = itertools.cycle(texts("equal")), random.Random(0), [], [], []
+    many, idle, found = itertools.cycle(texts("equal")), [], []
 
-    async def client():
+    async def ask(due):
         line = idle.pop() if idle else Line(server)
-        times.append(await line.ask(next(many)))
+        _, good = await line.ask(next(many))
+        found.append((time.monotonic() - due, good))
         idle.append(line)
 
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        tasks.append(asyncio.create_task(client()))
-        await asyncio.sleep(chance.expovariate(rate))
-    await asyncio.gather(*tasks)
-    return figures(times, rate)
+    await random_arrivals(ask, rate, seconds)
+    return figures(found, rate)
 
 
 async def beside_lists(server, seconds):

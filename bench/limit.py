@@ -8,6 +8,7 @@ import sys
 import time
 
 import torch
+from helpers.arrivals import percentile
 from model import PREFIX, texts
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -32,16 +33,16 @@ def main(folder, seconds, threads):
                         out = model.generate(**ids, do_sample=False, num_beams=1)
                     tokenizer.batch_decode(out, skip_special_tokens=True)
                     times.append(time.perf_counter() - begin)
-                times = sorted(times[1:])
+                times = [1000 * took for took in times[1:]]
                 print(
                     json.dumps(
                         {
                             "server": f"limit {precision}",
                             "clients": size,
                             "mix": mix,
-                            "requests_per_s": size * len(times) / sum(times),
-                            "p50_ms": 1000 * times[len(times) // 2],
-                            "p99_ms": 1000 * times[int(len(times) * 0.99)],
+                            "requests_per_s": 1000 * size * len(times) / sum(times),
+                            "p50_ms": percentile(times, 50),
+                            "p99_ms": percentile(times, 99),
                             "errors": 0,
                         }
                     ),

@@ -8,15 +8,9 @@ import itertools
 import sys
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from tiny_translator import PREFIX, TASK, new_tokenizer
+from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 
-PREFIX = "translate English to French: "
 WORDS = (
     "the a small big old new house garden river train letter teacher doctor "
     "sees buys paints opens in near with and"
@@ -31,30 +25,9 @@ def texts(mix):
 
 
 def main(folder, size=""):
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = byte_level, decoders.ByteLevel()
-    bpe.train_from_iterator(
-        [PREFIX + WORDS] * 2,
-        trainers.BpeTrainer(
-            vocab_size=1000,
-            special_tokens=["<pad>", "</s>", "<unk>"],
-            initial_alphabet=byte_level.alphabet(),
-            show_progress=False,
-        ),
-    )
+    tokenizer = new_tokenizer([PREFIX + WORDS] * 2)
     # The rest of the vocabulary are made-up words: every token that the model gives is a text.
-    bpe.add_tokens([f" w{number}" for number in range(32128 - bpe.get_vocab_size())])
-    bpe.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        model_input_names=["input_ids", "attention_mask"],
-    )
+    tokenizer.add_tokens([f" w{number}" for number in range(32128 - len(tokenizer))])
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(
         T5Config(  # the defaults are t5-small's
@@ -70,9 +43,9 @@ def main(folder, size=""):
         decoder_start_token_id=0,
         pad_token_id=0,
         eos_token_id=1,
-        suppress_tokens=[0, 2],
+        suppress_tokens=[0],
     )
-    model.config.task_specific_params = {"translation_en_to_fr": {"prefix": PREFIX}}
+    model.config.task_specific_params = {TASK: {"prefix": PREFIX}}
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -3,12 +3,14 @@
 import asyncio
 import collections
 import contextlib
+import functools
+import itertools
 import json
-import random
 import time
 
 import aiohttp
 from helpers.app import make_app
+from helpers.arrivals import percentile, random_arrivals
 from helpers.load import Load
 from serve_testing import Server
 from tiny_translator import PAIRS
@@ -36,11 +38,11 @@ RATES = {f"load of {percent} %": percent / 100 for percent in (50, 80, 100, 150)
 
 def arrive(server, rate, seconds):
     """(requests/s, requests, p50 ms, p99 ms, refused, lost, wrong)."""
-    texts, found, chance = list(PAIRS), [], random.Random(0)
+    texts, found = itertools.cycle(PAIRS), []
     address = f"http://127.0.0.1:{server.port}/translate"
 
-    async def one(session, text, at):
-        status, right = 0, False
+    async def ask(session, due):
+        text, status, right = next(texts), 0, False
         with contextlib.suppress(aiohttp.ClientError, TimeoutError, ValueError):
             async with session.post(address, json={"text": text}) as reply:
                 content = await reply.read()
@@ -48,31 +50,25 @@ def arrive(server, rate, seconds):
                 reply.status,
                 reply.status == 200 and json.loads(content) == {"translation": PAIRS[text]},
             )
-        found.append(
-            (time.monotonic() - at, status, right)
-        )  # from when it was due, however late it was sent
+        found.append((time.monotonic() - due, status, right))
 
     async def all_of_them():
         limits = {
             "connector": aiohttp.TCPConnector(limit=1000),
             "timeout": aiohttp.ClientTimeout(60),
         }
-        async with aiohttp.ClientSession(**limits) as session, asyncio.TaskGroup() as tasks:
-            at = begin = time.monotonic()
-            while (at := at + chance.expovariate(rate)) < begin + seconds:
-                await asyncio.sleep(max(0, at - time.monotonic()))
-                tasks.create_task(one(session, random.choice(texts), at))
+        async with aiohttp.ClientSession(**limits) as session:
+            await random_arrivals(functools.partial(ask, session), rate, seconds)
 
     asyncio.run(all_of_them())
-    times = sorted(took for took, status, _ in found if status == 200)
+    times = [1000 * took for took, status, _ in found if status == 200]
     statuses = collections.Counter(status for _, status, _ in found)
-    p50, p99 = (f"{1000 * times[int(len(times) * part)]:.0f}" for part in (0.5, 0.99))
     wrong = sum(status == 200 and not right for _, status, right in found)
     return (
         f"{rate:.0f}",
         len(found),
-        p50,
-        p99,
+        f"{percentile(times, 50):.0f}",
+        f"{percentile(times, 99):.0f}",
         statuses[503],
         len(found) - statuses[200] - statuses[503],
         wrong,
