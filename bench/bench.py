@@ -77,6 +77,7 @@ def ray_docs(folder):
 
 SERVERS = {  # name: (virtual environment, what gives command and folder)
     "template": (None, template("float32")),
+    "template HAProxy": (None, template("float32")),
     "template bfloat16": (None, template("bfloat16")),
     "template int8": (None, template("int8")),
     "ray-docs": (None, ray_docs),
@@ -103,6 +104,8 @@ SERVERS = {  # name: (virtual environment, what gives command and folder)
     "ctranslate2": ("ctranslate2", lambda _: ([*RUN_APP, "ctranslate2_app:app"], HERE)),
 }
 
+HAPROXY = {"template HAProxy": {"RAY_SERVE_ENABLE_HA_PROXY": "1"}}  # in place of Ray's own proxy
+
 
 class Server:
     """A server in a session of its own, ended with all that it started."""
@@ -122,6 +125,7 @@ class Server:
             "HF_HUB_OFFLINE": "1",
             "BENTOML_HOME": str(folder / "bentoml"),
             "BENTOML_DO_NOT_TRACK": "1",
+            **HAPROXY.get(name, {}),
         }
         self.name, self.log = name, (folder / "log").open("w+")
         self.process = subprocess.Popen(
@@ -319,8 +323,9 @@ def ratios(table):
     def rate(server, clients=32, mix="equal"):
         return at[server, clients, mix]["requests_per_s"]
 
-    for name in ("template", "template bfloat16", "template int8"):
-        limit = f"limit {name.partition(' ')[2] or 'float32'}"
+    for name in ("template", "template HAProxy", "template bfloat16", "template int8"):
+        precision = name.partition(" ")[2]
+        limit = f"limit {precision if precision in ('bfloat16', 'int8') else 'float32'}"
         if {(name, 1, "equal"), (name, 32, "equal"), (limit, 32, "equal")} <= at.keys():
             yield f"{name} at 32 clients, of {limit}", rate(name) / rate(limit)
             yield (
