@@ -310,9 +310,11 @@ def load_base(settings):
         task = f"translation_{settings.source_language}_to_{settings.target_language}"
     prefix = set_languages(network, tokenizer, settings)
     network.config.task_specific_params = {task: {"prefix": prefix}}
-    # How long its texts had to be, and whether a word may come twice, was for its old task.
-    network.generation_config.min_length = 0
-    network.generation_config.no_repeat_ngram_size = 0
+    # How it generated, such as how many answers a text, was for its old task. Keep its tokens.
+    kinds = ("_token_id", "bad_words_ids", "suppress_tokens")
+    own = network.generation_config.to_dict()
+    kept = {name: value for name, value in own.items() if name.endswith(kinds)}
+    network.generation_config = import_transformers().GenerationConfig(**kept)
     return network, tokenizer
 
 
@@ -554,6 +556,7 @@ def load_whole(folder):
         if importlib.util.find_spec("sentencepiece"):
             raise
         raise ValueError("its tokenizer needs a package: pip install sentencepiece") from None
+    tokenizer.padding_side = "right"  # positions count from the left
     network, report = transformers.AutoModelForSeq2SeqLM.from_pretrained(
         folder,
         dtype="float32",  # is trained in it, however the weights are stored

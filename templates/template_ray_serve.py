@@ -128,13 +128,15 @@ GENERATION = (
     "suppress_tokens",
 )
 
-# Languages for which sentencex has rules, as NLLB and Marian name them and as sentencex does.
-CODES = "amh:am ara:ar arb:ar ben:bn bul:bg cat:ca ces:cs cmn:zh dan:da deu:de ell:el eng:en fin:fi"
-CODES += " fra:fr guj:gu hin:hi hye:hy ita:it jpn:ja kan:kn kaz:kk mal:ml mar:mr mya:my nld:nl"
-CODES += " pan:pa pol:pl por:pt rus:ru slk:sk spa:es tam:ta tel:te ukr:uk yue:zh zho:zh"
+# Languages with rules in sentencex or below: as NLLB and Marian name them, and in two letters.
+CODES = "amh:am ara:ar arb:ar ben:bn bul:bg cat:ca ces:cs cmn:zh dan:da deu:de ell:el eng:en"
+CODES += " est:et fin:fi fra:fr glg:gl guj:gu hin:hi hrv:hr hun:hu hye:hy ita:it jpn:ja kan:kn"
+CODES += " kaz:kk mal:ml mar:mr mya:my nld:nl nno:nn nob:nb pan:pa pol:pl por:pt rus:ru slk:sk"
+CODES += " slv:sl spa:es tam:ta tel:te tur:tr ukr:uk yue:zh zho:zh"
 TWO_LETTERS = dict(pair.split(":") for pair in CODES.split())
 ORDINALS = ("cs", "da", "de", "et", "fi", "hr", "hu", "nb", "no", "pl", "sk", "sl", "tr")  # "2."
 QUOTES = ('"', "’", "”", "»", "」", "』")
+NO_VOWEL = "[B-DF-HJ-NP-TV-XZ]?[b-df-hj-np-tv-xz]+"  # as in "Dr." and "str."
 UNSPACED = ("ja", "zh")  # no space between sentences
 
 
@@ -196,6 +198,7 @@ class Model:
         dtype = "bfloat16" if settings.precision == "bfloat16" else "float32"
         self.model = load_network(name, revision, dtype)
         self.tokenizer = load_tokenizer(name, revision)
+        self.tokenizer.padding_side = "right"  # positions count from the left
         self.check_vocabulary()
         self.read_generation(settings)
         self.read_languages(settings)
@@ -485,18 +488,24 @@ def goes_on(sentence: str, following: str, language: str) -> bool:
         return False
     small = next(filter(str.isalpha, following), "").islower()
     text = sentence.rstrip()
+    is_speech = text.endswith(("?", "!")) and following[0] in "-–—"  # "– Où ? – dit-il."
+    if is_speech or text.endswith("]"):
+        return small  # "Yan et al. [2004] analysed it."
     if text.endswith(QUOTES):
         return small or (text == sentence and following[0].isalpha())  # 「はい。」と言った
     if not text.endswith("."):
         return False
     *words, last = text.split()
     last = last.rstrip(".")
-    if last.isdigit() and len(last) < 3:
-        if not words:
-            return True  # the number of a list
-        return small or (language in ORDINALS and not words[-1].endswith("."))
+    if last.isdigit() and (small or len(last) < 3):
+        if small or not words:
+            return True  # "2020. május", or the number of a list
+        return language in ORDINALS and not words[-1].endswith(".")
     if last[:1].isalpha() and sum(map(str.isalpha, last)) == 1:
         return language != "en"  # "M. Dupont"; sentencex knows what to do with "So do I."
+    is_unit = bool(words) and words[-1][-1].isdigit()  # "5 km."
+    if language != "en" and not is_unit and re.fullmatch(NO_VOWEL, last):
+        return True
     return small and (len(last) < 3 or "." in last)  # an abbreviation
 
 

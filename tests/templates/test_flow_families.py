@@ -138,14 +138,31 @@ def test_a_base_in_half_precision_is_trained_in_single(bases, tmp_path):
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
 
 
-def test_rules_of_the_old_task_are_dropped(bases, tmp_path):
-    shutil.copytree(bases("BART"), tmp_path, dirs_exist_ok=True)
-    file = tmp_path / "generation_config.json"
-    rules = {**json.loads(file.read_text()), "min_length": 56, "no_repeat_ngram_size": 3}
-    file.write_text(json.dumps(rules))
-    network, _ = flow.new_model(PAIRS, families.settings_for(tmp_path))
-    assert network.generation_config.min_length == 0
-    assert network.generation_config.no_repeat_ngram_size == 0
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("generation_config.json", {"min_length": 56, "no_repeat_ngram_size": 3}),
+        ("generation_config.json", {"num_beams": 4, "num_return_sequences": 3}),
+        ("generation_config.json", {"stop_strings": ["a"]}),
+        ("generation_config.json", {"penalty_alpha": 0.6, "top_k": 4}),
+        ("generation_config.json", {"prompt_lookup_num_tokens": 3}),
+        ("tokenizer_config.json", {"padding_side": "left"}),
+    ],
+)
+def test_settings_of_the_old_task_change_nothing(name, values, bases, tmp_path):
+    folder = shutil.copytree(bases("BART"), tmp_path / "base")
+    file = folder / name
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    trained = []
+    for base in (bases("BART"), folder):
+        settings = families.settings_for(base)
+        model = flow.new_model(PAIRS, settings)
+        out = str(tmp_path / base.name)
+        losses = flow.fit(model, PAIRS, settings, out, lambda: None, lambda numbers: None)
+        files = flow.pack(model)
+        outputs = flow.predict(flow.unpack(files), PAIRS)
+        trained.append((losses, outputs, files["model.safetensors"]))
+    assert trained[0] == trained[1]
 
 
 def test_what_is_cut_is_counted(bases, capsys):

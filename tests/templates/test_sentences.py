@@ -32,6 +32,9 @@ LINES = {
         "Is it I? | No. | It is me.",
         "a) Open the box. | b) Close it.",
         "Ph.D. students, e.g. Anna, work for Google Inc. | She likes it.",
+        "Acme Inc. USA is expanding. | It hires.",
+        "Martin Luther King Jr. Day is a holiday. | Banks close.",
+        "Yan et al. [2004] analysed it. | They agreed.",
     ),
     "German": (
         "deu_Latn",
@@ -206,6 +209,7 @@ LINES = {
         "pt_XX",
         "O Dr. Silva chegou às 8h. | Tudo bem?",
         "Custa R$ 3,50. | Caro!",
+        "O total, aprox. 500 reais, foi pago ontem. | Ótimo!",
     ),
     "Swedish": (
         "sv_SE",
@@ -219,6 +223,52 @@ LINES = {
     "Ukrainian": (
         "ukr_Cyrl",
         "Він живе на вул. Шевченка. | Так.",
+    ),
+    "Bulgarian": (
+        "bul_Cyrl",
+        "Роден е през 1990 г. в София. | Добре.",
+        "Живее на ул. Раковски 5. | Да.",
+    ),
+    "Danish": (
+        "dan_Latn",
+        "Det koster f.eks. 5 kr. i dag. | Godt.",
+        "Han kom d. 5. maj. | Alle var glade.",
+    ),
+    "Finnish": (
+        "fin_Latn",
+        "Hän tuli esim. klo 8.30. | Kaikki nukkuivat.",
+        "Nähdään 5. toukokuuta. | Hyvä!",
+    ),
+    "Hungarian": (
+        "hun_Latn",
+        "Dr. Kovács 2020. május 5-én jött. | Igen.",
+        "A Kő Kft. vezetője hívott. | Jó.",
+    ),
+    "Croatian": (
+        "hrv_Latn",
+        "Rođen je 1990. godine. | To je 2. Svjetski rat.",
+        "Došao je npr. jučer. | Soba ima TV. | Da.",
+    ),
+    "Latvian": (
+        "lvs_Latn",
+        "Viņš dzimis 1990. gadā. | Jā.",
+        "– Vai tu nāksi? – viņa jautāja. | – Jā!",
+    ),
+    "Romanian": (
+        "ron_Latn",
+        "Dl. Popescu locuiește pe str. Lungă nr. 5. | Da.",
+        "Sunt 5 km. | Mergem.",
+    ),
+    "Indonesian": (
+        "ind_Latn",
+        "Rapat dimulai pk. 14.30 dan berakhir sore. | Semua senang.",
+        "Dia lahir tgl. 15 Mei di Surabaya. | Benar.",
+        "PT. Telkom hadir. | Bagus!",
+    ),
+    "Bengali": (
+        "ben_Beng",
+        "লে. কর্নেল (অব.) আবু ওসমান চৌধুরী এলেন। | সবাই খুশি।",
+        "সে এল। | সে গেল।",
     ),
 }
 

@@ -471,6 +471,66 @@ def test_limits_are_within_the_positions(folders, name, tmp_path):
     assert ask(model, SOURCES[0]).translation
 
 
+LEAKED = {
+    "several answers": ("generation_config.json", {"num_beams": 4, "num_return_sequences": 3}),
+    "groups": ("generation_config.json", {"num_beam_groups": 5, "diversity_penalty": 0.5}),
+    "a stop string": ("generation_config.json", {"stop_strings": ["e"]}),
+    "contrastive search": ("generation_config.json", {"penalty_alpha": 0.6, "top_k": 4}),
+    "prompt lookup": ("generation_config.json", {"prompt_lookup_num_tokens": 3}),
+    "truncation": (
+        "tokenizer.json",
+        {
+            "truncation": {
+                "direction": "Right",
+                "max_length": 4,
+                "strategy": "LongestFirst",
+                "stride": 0,
+            }
+        },
+    ),
+    "padding": (
+        "tokenizer.json",
+        {
+            "padding": {
+                "strategy": {"Fixed": 32},
+                "direction": "Right",
+                "pad_to_multiple_of": None,
+                "pad_id": 1,
+                "pad_type_id": 0,
+                "pad_token": "<pad>",
+            }
+        },
+    ),
+    "padding on the left": ("tokenizer_config.json", {"padding_side": "left"}),
+    "spaces": ("tokenizer_config.json", {"clean_up_tokenization_spaces": True}),
+}
+
+
+@pytest.mark.parametrize("case", LEAKED)
+def test_settings_meant_for_other_programs_change_no_answer(case, folders, tmp_path):
+    name, values = LEAKED[case]
+    folder = shutil.copytree(folders["BART"], tmp_path / "model")
+    change(folder / name, **values)
+    plain, model = load(folders["BART"]), load(folder)
+    texts = [*SOURCES, "I like tea and milk and " * 3, *SOURCES]  # much to pad
+    request = app.ModelRequest(text=texts)
+    assert model.plan(request) == plain.plan(request)
+    assert ask(model, texts) == ask(plain, texts)
+    assert ask(model, texts).translation[-4:] == TARGETS["fr"]
+    assert ask(model, SOURCES[0]).translation == TARGETS["fr"][0]
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_each_of_several_end_tokens_ends_a_translation(beams, folders, tmp_path):
+    folder = shutil.copytree(folders["BART"], tmp_path / "model")
+    tokenizer = load(folder).tokenizer
+    *_, last, end = tokenizer("Bonjour !")["input_ids"]
+    change(folder / "generation_config.json", eos_token_id=[end, last])
+    answer = ask(load(folder, num_beams=beams), SOURCES)
+    assert (answer.translation, answer.cut_sentences) == (TARGETS["fr"], 0)
+    assert ask(load(folder, num_beams=beams, max_new_tokens=2), SOURCES).cut_sentences == 4
+
+
 # -- Languages -------------------------------------------------------------------------------------
 
 
