@@ -237,21 +237,32 @@ def read(settings):
 def read_pairs(path):
     """Return [(source, target), ...] from a UTF-8 TSV file with the header source<TAB>target."""
     try:
-        text = Path(path).read_text("utf-8-sig")
+        text = Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; --data takes a TSV file") from None
     except UnicodeDecodeError as error:
         line = 1 + error.object.count(b"\n", 0, error.start)
-        raise UserError(f"{path} line {line}: not UTF-8; save it as UTF-8") from None
-    rows = [line.split("\t") for line in text.rstrip("\n").split("\n")]
+        raise UserError(
+            f"{path} line {line}: not UTF-8; save as uncompressed TSV in UTF-8"
+        ) from None
+    end = "\n" if "\n" in text else "\r"  # of older programs on a Mac
+    lines = text.rstrip(end).split(end)
+    rows = [[unquote(cell) for cell in line.split("\t")] for line in lines]
     if rows[0] != ["source", "target"]:
-        raise UserError(f"{path} line 1: the header has to be source<TAB>target")
+        raise UserError(f"{path} line 1: the header of the TSV has to be source<TAB>target")
     for number, row in enumerate(rows, start=1):
         if len(row) != 2 or any(cell.strip().lower() in ("", "nan") for cell in row):
             raise UserError(
                 f"{path} line {number}: needs two texts separated by one tab, neither empty nor NaN"
             )
     return [(source, target) for source, target in rows[1:]]
+
+
+def unquote(cell):
+    """Undo the quoting of pandas and Excel: the cell "Say ""hi""!" is the text Say "hi"! again."""
+    inner = cell[1:-1]
+    quoted = cell == f'"{inner}"' and '""' in inner and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if quoted else cell
 
 
 def key(example):
