@@ -13,11 +13,13 @@ import argparse
 import contextlib
 import hashlib
 import math
+import netrc
 import os
 import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import metaflow
 from metaflow import (
@@ -816,13 +818,26 @@ def require_wandb():
     from dotenv import load_dotenv
 
     load_dotenv()  # does not change variables that are set already
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return
     names = ("WANDB_API_KEY", "WANDB_PROJECT")
     missing = [name for name in names if not os.environ.get(name)]
-    if missing and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
+    if "WANDB_API_KEY" in missing and has_login():
+        missing.remove("WANDB_API_KEY")
+    if missing:
         raise MetaflowException(
-            f"--offline False needs {' and '.join(missing)}, before the command or in .env; "
-            "or --offline True"
+            f"--offline False needs {' and '.join(missing)}, before the command or in .env, "
+            "or `wandb login` for the key; or --offline True"
         )
+
+
+def has_login():
+    """Return True if `wandb login` has stored a key for the W&B server in use."""
+    file = os.environ.get("NETRC") or Path.home() / ".netrc"
+    server = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        return bool(netrc.netrc(file).authenticators(urlsplit(server).netloc))
+    return False
 
 
 @contextlib.contextmanager
