@@ -15,6 +15,7 @@ import hashlib
 import math
 import netrc
 import os
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -877,7 +878,8 @@ def wandb_run(flow):
             print("W&B has not finished:", in_one_line(error))
         if not run.disabled:
             option = "" if run.offline else "--include-online"
-            print("Upload what W&B is missing: wandb sync", run.sync_dir, option)
+            folder = shlex.quote(run.sync_dir)
+            print("Upload what W&B is missing: wandb sync", folder, option)
 
 
 def start_wandb(options):
