@@ -65,7 +65,7 @@ def keys_of(annotation: Any) -> dict[str, Any]:
 
 
 def check_yaml(node: Any) -> Problems:
-    """Find keys that stand twice, of which YAML takes the last, and surprising values."""
+    """Find keys that appear again, of which YAML takes the last, and surprising values."""
     if isinstance(node, yaml.SequenceNode):
         for number, item in enumerate(node.value):
             yield from under(str(number), check_yaml(item))
@@ -74,7 +74,7 @@ def check_yaml(node: Any) -> Problems:
     seen = set()
     for key, value in node.value:
         if key.value in seen:
-            yield key.value, f"stands twice, again in line {key.start_mark.line + 1}"
+            yield key.value, f"appears again in line {key.start_mark.line + 1}"
         seen.add(key.value)
         if value.tag.endswith((":int", ":bool")) and SURPRISING.fullmatch(value.value):
             read = json.dumps(yaml.safe_load(value.value))

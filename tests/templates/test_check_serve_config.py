@@ -169,14 +169,14 @@ AGAIN = {"args": BATCH, "deployments": "  deployments: []\n", "applications": "a
 
 
 @pytest.mark.parametrize("key", AGAIN)
-def test_a_key_that_stands_twice_is_named(module, key):
+def test_a_key_that_appears_again_is_named(module, key):
     text = yaml_with(BATCH, BATCH * 2)
     path = f"{APP}.args.max_batch_size"
     if key != "args":
         text = yaml_with(BATCH, BATCH) + AGAIN[key]
         path = key if key == "applications" else f"{APP}.{key}"
     line = text[: text.rindex(AGAIN[key])].count("\n") + 1
-    assert module.check_text(text) == [f"{path}: stands twice, again in line {line}"]
+    assert module.check_text(text) == [f"{path}: appears again in line {line}"]
 
 
 def test_a_merged_key_may_be_replaced(module):
