@@ -12,6 +12,7 @@ RAY_AUTH_MODE=token.
 """
 
 import argparse
+import contextlib
 import json
 import re
 import sys
@@ -31,6 +32,8 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
 NO_OWN_CODE = {"working_dir", "py_modules"}  # keys of runtime_env: the code is somewhere else
+# What YAML does not read as it looks: 020 is 16, 1:30 is 90, yes is true.
+SURPRISING = re.compile(r"[-+]?0[0-7_]+|.*:.*|yes|no|on|off", re.IGNORECASE)
 MAX_NAME = 40  # characters: Kubernetes allows 63, and KubeRay adds to the name
 Problems = Iterator[tuple[str, str]]  # path in the config, and what is wrong there
 
@@ -46,7 +49,7 @@ def last_line(error: Any) -> str:
     text = str(error).strip() or repr(error)
     lines = [line.strip() for line in text.splitlines()]
     for line in reversed(lines):
-        if re.match(r"[\w.]*(Error|Exception)\b.*: ", line):
+        if re.match(r"([\w.]*(Error|Exception)\b.*|[\w.]+\.[A-Z]\w+): ", line):
             return line
     return lines[-1]
 
@@ -59,6 +62,24 @@ def keys_of(annotation: Any) -> dict[str, Any]:
     for argument in get_args(annotation):
         keys.update(keys_of(argument))
     return keys
+
+
+def check_yaml(node: Any) -> Problems:
+    """Find keys that appear again, of which YAML takes the last, and surprising values."""
+    if isinstance(node, yaml.SequenceNode):
+        for number, item in enumerate(node.value):
+            yield from under(str(number), check_yaml(item))
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen = set()
+    for key, value in node.value:
+        if key.value in seen:
+            yield key.value, f"appears again in line {key.start_mark.line + 1}"
+        seen.add(key.value)
+        if value.tag.endswith((":int", ":bool")) and SURPRISING.fullmatch(value.value):
+            read = json.dumps(yaml.safe_load(value.value))
+            yield key.value, f"YAML reads {value.value} as {read}: write {read}, or quote it"
+        yield from under(key.value, check_yaml(value))
 
 
 # Ray's schema accepts any mapping for these two, and reads them later.
@@ -85,6 +106,16 @@ def check_keys(value: Any, keys: dict[str, Any]) -> Problems:
         else:
             inner_keys = MAPPINGS.get(key) or keys_of(keys[key])
             yield from under(key, check_keys(inner, inner_keys))
+        if key == "runtime_env" and isinstance(inner, dict):
+            yield from check_runtime_env(inner)
+
+
+def check_runtime_env(runtime_env: dict) -> Problems:
+    """Find what Ray would refuse only when it deploys, such as an archive of another kind."""
+    try:
+        RuntimeEnv(**{**runtime_env, "env_vars": {}})  # check_variables checks them
+    except (TypeError, ValueError) as error:
+        yield "runtime_env", str(error).partition("\n")[0]
 
 
 def check_variables(variables: Any) -> Problems:
@@ -164,10 +195,19 @@ def check_deployment(deployment: dict, built: Any) -> Problems:
     if batch_size > ongoing:
         problem = f"{ongoing} at a time never fill a batch of max_batch_size {batch_size}"
         yield "max_ongoing_requests", problem
-    autoscaling = deployment.get("autoscaling_config") or {}
-    if autoscaling.get("target_ongoing_requests", 0) > ongoing:
-        problem = f"target_ongoing_requests is above max_ongoing_requests {ongoing}"
-        yield "autoscaling_config", problem
+    autoscaling = deployment.get("autoscaling_config")
+    with contextlib.suppress(ValidationError):  # check_timeouts reports it
+        target = AutoscalingConfig.model_validate(autoscaling).target_ongoing_requests
+        if target > ongoing:
+            problem = f"target_ongoing_requests is above max_ongoing_requests {ongoing}"
+            yield "autoscaling_config", problem
+
+
+def check_text(text: str) -> list[str]:
+    """Return the problems of a config, one line each: first those of the YAML itself."""
+    tree = yaml.compose(text, yaml.SafeLoader)
+    problems = [f"{path}: {problem}" for path, problem in check_yaml(tree)]
+    return problems or check(yaml.safe_load(text))
 
 
 def check(config: Any) -> list[str]:
@@ -178,9 +218,10 @@ def check(config: Any) -> list[str]:
     if "host" not in http_options:
         problems["http_options.host"] = "is missing: write 127.0.0.1, or 0.0.0.0 for everybody"
     try:
-        ServeDeploySchema.model_validate(config)
-        timeout = http_options.get("request_timeout_s") or 0
-        for number, application in enumerate(config["applications"]):
+        schema = ServeDeploySchema.model_validate(config)
+        read = schema.model_dump(exclude_unset=True)  # with numbers for text such as 6e1
+        timeout = schema.http_options.request_timeout_s or 0
+        for number, application in enumerate(read["applications"]):
             found = check_application(application, timeout)
             problems.update(under(f"applications.{number}", found))
     except ValidationError as error:
@@ -293,9 +334,10 @@ def main() -> None:
     arguments = parser.parse_args()
     running = ""
     try:
-        config = yaml.safe_load(arguments.file.read_text("utf-8"))
-        problems = check(config)
+        text = arguments.file.read_text("utf-8")
+        problems = check_text(text)
         if arguments.deploy and not problems:
+            config = yaml.safe_load(text)
             reports = deploy(config, arguments.deploy, arguments.timeout)
             running = ", and running: " + "; ".join(reports)
     except Exception as error:

@@ -29,6 +29,7 @@ def clean_environment(folder):
         **os.environ,
         "METAFLOW_HOME": str(folder / "none"),
         "METAFLOW_CLIENT_CACHE_PATH": str(folder / "cache"),
+        "NETRC": str(folder / "none"),  # of `wandb login`
         "PYTHONPATH": os.pathsep.join(import_path),
     }
 

@@ -32,7 +32,7 @@ def check_health(config_file: str) -> None:
 
     config = yaml.safe_load(Path(config_file).read_text("utf-8"))
     port = config["http_options"].get("port", 8000)
-    limit = config["http_options"].get("request_timeout_s", 60)
+    limit = float(config["http_options"].get("request_timeout_s") or 60)
     for application in config["applications"]:
         route = application.get("route_prefix", "/").rstrip("/")
         url = f"http://127.0.0.1:{port}{route}"

@@ -13,11 +13,14 @@ import argparse
 import contextlib
 import hashlib
 import math
+import netrc
 import os
+import shlex
 import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import metaflow
 from metaflow import (
@@ -237,21 +240,32 @@ def read(settings):
 def read_pairs(path):
     """Return [(source, target), ...] from a UTF-8 TSV file with the header source<TAB>target."""
     try:
-        text = Path(path).read_text("utf-8-sig")
+        text = Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; --data takes a TSV file") from None
     except UnicodeDecodeError as error:
         line = 1 + error.object.count(b"\n", 0, error.start)
-        raise UserError(f"{path} line {line}: not UTF-8; save it as UTF-8") from None
-    rows = [line.split("\t") for line in text.rstrip("\n").split("\n")]
+        raise UserError(
+            f"{path} line {line}: not UTF-8; save as uncompressed TSV in UTF-8"
+        ) from None
+    end = "\n" if "\n" in text else "\r"  # of older programs on a Mac
+    lines = text.rstrip(end).split(end)
+    rows = [[unquote(cell) for cell in line.split("\t")] for line in lines]
     if rows[0] != ["source", "target"]:
-        raise UserError(f"{path} line 1: the header has to be source<TAB>target")
+        raise UserError(f"{path} line 1: the header of the TSV has to be source<TAB>target")
     for number, row in enumerate(rows, start=1):
         if len(row) != 2 or any(cell.strip().lower() in ("", "nan") for cell in row):
             raise UserError(
                 f"{path} line {number}: needs two texts separated by one tab, neither empty nor NaN"
             )
     return [(source, target) for source, target in rows[1:]]
+
+
+def unquote(cell):
+    """Undo the quoting of pandas and Excel: the cell "Say ""hi""!" is the text Say "hi"! again."""
+    inner = cell[1:-1]
+    quoted = cell == f'"{inner}"' and '""' in inner and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if quoted else cell
 
 
 def key(example):
@@ -808,13 +822,26 @@ def require_wandb():
     from dotenv import load_dotenv
 
     load_dotenv()  # does not change variables that are set already
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return
     names = ("WANDB_API_KEY", "WANDB_PROJECT")
     missing = [name for name in names if not os.environ.get(name)]
-    if missing and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
+    if "WANDB_API_KEY" in missing and has_login():
+        missing.remove("WANDB_API_KEY")
+    if missing:
         raise MetaflowException(
-            f"--offline False needs {' and '.join(missing)}, before the command or in .env; "
-            "or --offline True"
+            f"--offline False needs {' and '.join(missing)}, before the command or in .env, "
+            "or `wandb login` for the key; or --offline True"
         )
+
+
+def has_login():
+    """Return True if `wandb login` has stored a key for the W&B server in use."""
+    file = os.environ.get("NETRC") or Path.home() / ".netrc"
+    server = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        return bool(netrc.netrc(file).authenticators(urlsplit(server).netloc))
+    return False
 
 
 @contextlib.contextmanager
@@ -854,7 +881,8 @@ def wandb_run(flow):
             print("W&B has not finished:", in_one_line(error))
         if not run.disabled:
             option = "" if run.offline else "--include-online"
-            print("Upload what W&B is missing: wandb sync", run.sync_dir, option)
+            folder = shlex.quote(run.sync_dir)
+            print("Upload what W&B is missing: wandb sync", folder, option)
 
 
 def start_wandb(options):

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -197,7 +198,7 @@ def run_toy(toy_flow, tmp_path):
 @pytest.fixture(scope="module")
 def finished(toy_flow, tmp_path_factory):
     """A finished run, offline: (its folder, what it printed)."""
-    folder = tmp_path_factory.mktemp("finished")
+    folder = tmp_path_factory.mktemp("a finished run")
     nothing = {"WANDB_API_KEY": "", "WANDB_PROJECT": ""}
     code, output = run(folder, "--offline", "True", flow=toy_flow, **nothing)
     assert code == 0, output
@@ -268,7 +269,8 @@ def test_offline_run_keeps_what_wandb_is_missing(finished):
     folder, output = finished
     assert output.count("W&B mode: offline") == 2  # train and evaluate
     train, evaluate = re.findall("is missing: wandb sync (.+?) *\n", output)
-    for step, name in {"train": train, "evaluate": evaluate}.items():
+    for step, quoted in {"train": train, "evaluate": evaluate}.items():
+        (name,) = shlex.split(quoted)
         path = Path(name)
         assert path.parent == folder / "wandb"
         assert path.name.startswith("offline-run-")

@@ -6,6 +6,7 @@
 test_flow_mechanics.py tests the rest of the file, whatever your task is.
 """
 
+import gzip
 import re
 from pathlib import Path
 
@@ -120,6 +121,9 @@ BAD_FILES = {
     "NaN": (HEADER + b"Hello\tBonjour\nWelcome\tNaN\n", "line 3: needs two texts"),
     "Latin-1": (HEADER + b"Hello\tBonjour\nGoodbye\t\xc0 bient\xf4t\n", "line 3: not UTF-8"),
     "UTF-16": ("source\ttarget\nHello\tBonjour\n".encode("utf-16"), "line 1: not UTF-8"),
+    "compressed": (gzip.compress(HEADER), "line 1: not UTF-8; save as uncompressed TSV"),
+    "JSON": (b'{"source": "Hello", "target": "Bonjour"}\n', "line 1: the header of the TSV"),
+    "CR and three tabs": (HEADER + b"Hello\tBon\rjour\tHola\n", "line 2: needs two texts"),
 }
 TOO_FEW = {
     "only a header": HEADER,
@@ -154,6 +158,7 @@ def test_good_data_is_read_as_it_stands(tmp_path):
         ("  %(name)s\u00a0: <b>é</b> ", '"quoted" \u2028 text'),
         ("None", "Aucun"),
         ("nan bread", "pain nan"),
+        ("one\rtwo", 'a "" b"'),
     ]
     plain = pairs_file(tmp_path / "plain.tsv", pairs)
     assert template_flow.read_pairs(plain) == pairs
@@ -163,6 +168,17 @@ def test_good_data_is_read_as_it_stands(tmp_path):
     windows = tmp_path / "windows.tsv"
     windows.write_bytes(b"\xef\xbb\xbf" + lines)
     assert template_flow.read_pairs(str(windows)) == pairs
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['"say ""hi"""\t"dit ""salut"""\n"""a"""\tb\n', 'say "hi"\tdit "salut"\r"a"\tb\r'],
+)
+def test_quotes_of_a_spreadsheet_are_undone_and_ends_of_lines_known(content, tmp_path):
+    end = content[-1].encode()
+    file = tmp_path / "pairs.tsv"
+    file.write_bytes(HEADER.replace(b"\n", end) + content.encode())
+    assert template_flow.read_pairs(str(file)) == [('say "hi"', 'dit "salut"'), ('"a"', "b")]
 
 
 @pytest.mark.parametrize(

@@ -25,13 +25,18 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def check(folder):
+def module(folder):
     """The check itself, imported from the copy so that it finds the app beside it."""
     sys.path.insert(0, str(folder))
     import check_serve_config
 
-    yield check_serve_config.check
+    yield check_serve_config
     sys.path.remove(str(folder))
+
+
+@pytest.fixture(scope="module")
+def check(module):
+    return module.check
 
 
 @pytest.fixture
@@ -111,6 +116,8 @@ def test_the_shipped_config_is_what_serve_build_writes_but_for_these(folder, con
         (f"{APP}.runtime_env.env_vars.EMPTY", None, "quote it"),
         (f"{APP}.runtime_env.piip", ["x"], "does not know"),
         (f"{APP}.runtime_env.working_dir", ".", "remote URIs"),
+        (f"{APP}.runtime_env.working_dir", "file:///app.ZIP", "Only .zip"),
+        (f"{APP}.runtime_env", {"pip": ["a"], "conda": "b"}, "cannot be specified"),
         (f"{APP}.import_path", "template_ray_serve", "import path"),
         (f"{APP}.import_path", "template_ray_serv:build", "template_ray_serv"),
         (f"{APP}.import_path", "template_ray_serve:buidl", "buidl"),
@@ -148,6 +155,76 @@ def test_a_fault_is_one_line_with_its_path(check, config, path, value, told):
     assert any(
         told in fault and fault.startswith(".".join(path.split(".")[:2])) for fault in faults
     ), faults
+
+
+def yaml_with(old, new):
+    """The text of the shipped config with one change."""
+    text = (TEMPLATES / "serve_config.yaml").read_text("utf-8")
+    assert text.count(old) == 1
+    return text.replace(old, new)
+
+
+BATCH = "    max_batch_size: 32\n"
+AGAIN = {"args": BATCH, "deployments": "  deployments: []\n", "applications": "applications: []\n"}
+
+
+@pytest.mark.parametrize("key", AGAIN)
+def test_a_key_that_appears_again_is_named(module, key):
+    text = yaml_with(BATCH, BATCH * 2)
+    path = f"{APP}.args.max_batch_size"
+    if key != "args":
+        text = yaml_with(BATCH, BATCH) + AGAIN[key]
+        path = key if key == "applications" else f"{APP}.{key}"
+    line = text[: text.rindex(AGAIN[key])].count("\n") + 1
+    assert module.check_text(text) == [f"{path}: appears again in line {line}"]
+
+
+def test_a_merged_key_may_be_replaced(module):
+    text = yaml_with(BATCH, "    <<: {max_batch_size: 4, max_queue: 50}\n" + BATCH)
+    assert module.check_text(text) == []
+
+
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        ("max_batch_size: 020", "YAML reads 020 as 16: write 16, or quote it"),
+        ("max_batch_size: yes", "YAML reads yes as true"),
+        ("timeout_s: 1:30", "YAML reads 1:30 as 90"),
+        ("target_language: no", "YAML reads no as false: write false, or quote it"),
+    ],
+)
+def test_a_value_that_yaml_reads_as_another_is_named(module, line, told):
+    (problem,) = module.check_text(yaml_with(BATCH, f"    {line}\n"))
+    assert problem.startswith(f"{APP}.args.{line.split(':')[0]}: {told}")
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (BATCH, "    timeout_s: 5e1\n"),
+        (BATCH, '    max_batch_size: "16"\n'),
+        (BATCH, "    target_language: 'no'\n"),
+        ("request_timeout_s: 60 ", "request_timeout_s: 6e1 "),
+        ("port: 8000", 'port: "8000"'),
+        ("target_ongoing_requests: 32", 'target_ongoing_requests: "32"'),
+        ("max_ongoing_requests: 1100", 'max_ongoing_requests: "1100"'),
+        ("graceful_shutdown_timeout_s: 60", "graceful_shutdown_timeout_s: 6e1"),
+        ("num_cpus: 1 ", 'num_cpus: "1" '),
+    ],
+)
+def test_a_number_may_be_written_as_text(module, old, new):
+    assert module.check_text(yaml_with(old, new)) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["zipfile.BadZipFile: File is not a zip file", "ray.exceptions.RayTaskError(ValueError): no"],
+)
+def test_the_last_error_of_a_traceback_is_shown(module, line):
+    text = (
+        f"first.Error: not this\nTraceback (most recent call last):\n  File ...\n{line}\n- more\n"
+    )
+    assert module.last_line(text) == line
 
 
 def test_several_faults_are_several_lines(check, config):

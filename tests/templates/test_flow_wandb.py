@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import template_flow
 from flow_testing import FLOW, clean_environment
 
 SCRIPT = """
@@ -71,6 +72,29 @@ def test_what_wandb_refuses_is_one_line(case, tmp_path):
     assert "MODE offline" in output
     said = re.findall("^W&B .*", output, re.MULTILINE)
     assert [line[: len(expected)] for line in said] == ([expected] if expected else []), output
+
+
+LOGINS = {
+    "127.0.0.1:9": f"machine 127.0.0.1:9 login user password {KEY}\n",
+    "another server": f"machine api.wandb.ai login user password {KEY}\n",
+    "nonsense": "machine\n",
+    "no file": None,
+}
+
+
+@pytest.mark.parametrize("login", LOGINS)
+def test_a_login_counts_for_its_server(login, tmp_path, monkeypatch):
+    file = tmp_path / "netrc"
+    if LOGINS[login]:
+        file.write_text(LOGINS[login])
+    environment = {"NETRC": str(file), "WANDB_BASE_URL": "http://127.0.0.1:9/"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    counts = login == "127.0.0.1:9"
+    assert template_flow.has_login() == counts
+    if counts:
+        output = start(tmp_path, **environment)
+        assert f"Loaded credentials for http://127.0.0.1:9 from {file}" in output
 
 
 def test_without_any_run_the_training_goes_on(tmp_path):
