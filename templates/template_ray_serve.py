@@ -652,6 +652,8 @@ def describe(error: ValidationError, fields: Any = None) -> str:
         line = f"{name}: {problem['msg']}" if name else problem["msg"]
         if line not in problems:
             problems.append(line)
+    if len(problems) > 3:
+        problems[3:] = [f"and {len(problems) - 3} more"]
     return "; ".join(problems)
 
 

@@ -126,6 +126,7 @@ def test_any_body(server):
     @example(b'{"text":"\\ud83d"}')
     @example(b'{"text":NaN}')
     @example(b'{"text":1e999}')
+    @example(b'{"text":[' + b"1," * 999 + b"1]}")
     @example(b'{"text":-0}')
     @example(b'{"text":' + b"9" * 5000 + b"}")
     @example(b'{"text":["a",' + b"9" * 5000 + b"]}")
