@@ -30,6 +30,7 @@ def check_health(config_file: str) -> None:
     """
     import yaml
 
+    os.environ["no_proxy"] = "*"  # never through a company's proxy
     config = yaml.safe_load(Path(config_file).read_text("utf-8"))
     port = config["http_options"].get("port", 8000)
     limit = float(config["http_options"].get("request_timeout_s") or 60)
@@ -52,6 +53,7 @@ def drain() -> None:
     """Remove the applications, and wait until their replicas have finished."""
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient  # here: it takes 100 MB
 
+    os.environ["no_proxy"] = "*"  # never through a company's proxy
     client = ServeSubmissionClient(DASHBOARD)
     if client.get_serve_details()["applications"]:
         client.deploy_applications({"applications": []})

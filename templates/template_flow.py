@@ -215,6 +215,8 @@ TASK = "translation_en_to_fr"  # task and languages, as transformers names them
 PREFIX = "translate English to French: "  # how a T5 is told its task
 MAX_TOKENS = 128  # of a source, and of a target; longer ones are cut, and the log says how many
 BATCH_SIZE = 64
+# Not shown, and not known to a model: soft hyphen, word joiner, byte order mark, direction marks.
+INVISIBLE = re.compile("[\u00ad\u061c\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
 
 
 class UserError(Exception):
@@ -521,6 +523,8 @@ def encode(model, texts, kind="text"):
         as_text[number] = tokens_of(f"{mark[0]} {mark[1:]}")
     found = []
     cut = 0
+    if kind == "text":
+        texts = [INVISIBLE.sub("", text) for text in texts]
     for tokens in tokens_of([prefix[end:] + text for text in texts]):
         parts = [as_text.get(token, [token]) for token in tokens]
         tokens = [*before, *itertools.chain.from_iterable(parts)]

@@ -138,6 +138,9 @@ ORDINALS = ("cs", "da", "de", "et", "fi", "hr", "hu", "nb", "no", "pl", "sk", "s
 QUOTES = ('"', "’", "”", "»", "」", "』")
 NO_VOWEL = "[B-DF-HJ-NP-TV-XZ]?[b-df-hj-np-tv-xz]+"  # as in "Dr." and "str."
 UNSPACED = ("ja", "zh")  # no space between sentences
+# Not shown, and not known to a model: soft hyphen, word joiner, byte order mark, direction marks.
+INVISIBLE = re.compile("[\u00ad\u061c\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
+NO_WORDS = re.compile("[0-9]\ufe0f?\u20e3|[\u115f\u1160\u3164\uffa0]")  # keycaps; blanks of Hangul
 
 
 class ModelRequest(BaseModel):
@@ -464,13 +467,14 @@ class Model:
 
 
 def texts_of(request: ModelRequest) -> list[str]:
-    """Return the texts of a request, also if it has only one."""
-    return [request.text] if isinstance(request.text, str) else request.text
+    """Return the texts of a request, also if it has only one, without invisible characters."""
+    texts = [request.text] if isinstance(request.text, str) else request.text
+    return [INVISIBLE.sub("", text) for text in texts]
 
 
 def has_words(text: str) -> bool:
     """Return True if there is a letter or a digit: something to translate."""
-    return any(character.isalnum() for character in text)
+    return any(character.isalnum() for character in NO_WORDS.sub("", text))
 
 
 def is_blank(text: str) -> bool:
@@ -657,6 +661,8 @@ def describe(error: ValidationError, fields: Any = None) -> str:
         line = f"{name}: {problem['msg']}" if name else problem["msg"]
         if line not in problems:
             problems.append(line)
+    if len(problems) > 3:
+        problems[3:] = [f"and {len(problems) - 3} more"]
     return "; ".join(problems)
 
 
@@ -1051,7 +1057,8 @@ CLOSE = {"Connection": "close"}  # instead of reading the rest of a body that is
 async def read(request: Request, max_bytes: int) -> bytearray:
     """Return the body of a request; HTTPException 400, 413 or 415 if it cannot be used."""
     content_type = request.headers.get("content-type", "application/json")
-    if content_type.partition(";")[0].strip().lower() != "application/json":
+    kind = content_type.partition(";")[0].strip().lower()
+    if not kind.endswith(("/json", "+json")):  # also application/vnd.api+json
         raise HTTPException(415, "Send JSON with the header Content-Type: application/json.")
     if request.headers.get("content-encoding", "identity") != "identity":
         raise HTTPException(415, "Send the body uncompressed, without Content-Encoding.")
@@ -1113,7 +1120,9 @@ class ModelServer:
         self.planner_of_large = ThreadPoolExecutor(max_workers=1)
         self.counters = {name: Counter(name) for name in COUNTERS}
 
-    @api.get("/", response_class=HTMLResponse, include_in_schema=False)
+    @api.api_route(
+        "/", methods=["GET", "HEAD"], response_class=HTMLResponse, include_in_schema=False
+    )
     async def page(self) -> str:
         example = json.dumps(EXAMPLE, ensure_ascii=False, indent=1)
         limit = self.settings.timeout_s + 10  # the app's own answer to a timeout comes first

@@ -40,6 +40,9 @@ def test_exported_folder_is_served_without_settings(name, tmp_path):
     served = app.Model(str(folder), app.Settings(), 1)
     for text in TEXTS:
         assert [served.encode(text)] == flow.encode(model, [text])
+    marked = "\ufeffThe cat\u00adsleeps\u200f"
+    (sentence,) = served.plan(app.ModelRequest(text=marked))
+    assert flow.encode(model, [marked, "The catsleeps"]) == [sentence.tokens] * 2
     for request, answer in answers:
         asked = app.ModelRequest(**request)
         inputs = served.plan(asked)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import unicodedata
 
 import pytest
 import template_ray_serve as app
@@ -414,7 +415,25 @@ def test_most_lines_are_cut_as_a_reader_would():
 
 
 @pytest.mark.parametrize(
-    "text", ["", " ", "...", "！", "😀 !!", "\n- - -\n", "\u200b", "* * *", "»?«"]
+    "text",
+    [
+        "",
+        " ",
+        "...",
+        "！",
+        "😀 !!",
+        "\n- - -\n",
+        "\u200b",
+        "* * *",
+        "»?«",
+        "\u0000\u0007\u001b",
+        "\u3164",  # Hangul fillers are letters to Unicode
+        "\u115f\u1160 \uffa0",
+        "\u2800",  # the blank of Braille
+        "👨\u200d👩\u200d👧\u200d👦 🏳\ufe0f\u200d🌈 👍🏽 ❤\ufe0f 🇫🇷🇩🇪",
+        "1\ufe0f\u20e3 #\ufe0f\u20e3 2\u20e3",  # keycaps
+        "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",
+    ],
 )
 def test_what_has_no_letter_or_digit_never_reaches_the_model(text):
     assert splitter("en").sentences(0, text) == []
@@ -425,6 +444,45 @@ def test_what_has_no_letter_or_digit_never_reaches_the_model(text):
     answer = model.answer(request, [only], [("Oui.", False)])
     expected = "" if app.is_blank(text) else text
     assert answer.translation == ["Oui.", expected]
+
+
+def test_a_letter_beside_what_is_none_is_text():
+    for text in ("\u1100\u1160", "1\ufe0f\u20e3 a", "12", "\u28002"):
+        assert app.has_words(text), ascii(text)
+
+
+# Text with characters that are not shown; "|" is where a sentence ends.
+MARKED = [
+    ("en", "The house is won\u00adder\u00adful. | \ufeffHello\u2060 world!\u200e | Thank you."),
+    ("en", "\u200e1. Wash the rice. | \u200e2. Boil it."),
+    ("heb_Hebr", "שלום.\u200f | מה שלומך?\u200f | כן."),
+    ("heb_Hebr", "\u202bשלום. | מה שלומך?\u202c"),
+    ("arb_Arab", "وصل أحمد.\u200f | شكرا!"),
+    ("arb_Arab", "وصل أحمد.\u061c | شكرا!"),
+    ("fa_IR", "\u2067او آمد.\u2069 | من رفتم!"),
+    ("fa_IR", "او می\u200cرود. | من رفتم!"),
+]
+
+
+@pytest.mark.parametrize("language, line", MARKED)
+def test_what_is_not_shown_ends_no_sentence_and_reaches_no_model(language, line):
+    shown = ""
+    for character in line:
+        if unicodedata.category(character) != "Cf" or character == "\u200c":  # as in the last line
+            shown += character
+    _, right = right_cut(shown)
+    text, _ = right_cut(line)
+    model = splitter(language)
+    model.max_request_tokens = 1000
+    inputs = model.plan(app.ModelRequest(text=text))
+    assert ["".join(sentence.tokens) for sentence in inputs] == right
+    assert "".join(model.pieces(text)) == text
+
+
+def test_no_emoji_is_cut():
+    text = "I came! 👨\u200d👩\u200d👧\u200d👦❤\ufe0f You left. 🇫🇷🇩🇪 Bye!"
+    right = ["I came!", "👨\u200d👩\u200d👧\u200d👦❤\ufe0f You left.", "🇫🇷🇩🇪 Bye!"]
+    assert cut("en", text) == right
 
 
 @pytest.mark.parametrize("target, source, translations, answer", JOINS)

@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import http.client
 import json
 import re
 import shutil
@@ -12,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import rayserve_entrypoint
-from serve_testing import ROUTE, Server, write_toy
+from serve_testing import Server, write_toy
 
+ROUTE = "/v1/toy"
 pytestmark = pytest.mark.xdist_group("ray")
 
 # The toy writes down when a request is planned, and each batch.
@@ -175,6 +177,55 @@ def test_a_request_is_answered_or_told_the_true_cause(server, tmp_path, name):
         error = json.loads(answer)["error"]
         assert (done.stdout, error["code"]) == (str(status), status)
         assert cause in error["message"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "application/vnd.api+json",
+        "application/ld+json; charset=utf-8",
+        "Application/Problem+JSON",
+        "text/json",
+        "application/json; charset=ISO-8859-1",  # means nothing: JSON is UTF-8
+    ],
+)
+def test_json_under_its_other_names(server, kind):
+    assert server.ask(body='{"text": "é"}'.encode(), kind=kind) == (200, {"loud": "É!"})
+
+
+@pytest.mark.parametrize("kind", ["application/jsonl", "application/json-seq", "json", "+json/a"])
+def test_what_is_not_json_is_told_the_header(server, kind):
+    status, answer = server.ask(body={"text": "hi"}, kind=kind)
+    assert status == 415 and "Content-Type: application/json" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["", "/", "/health", "/docs", "/openapi.json"])
+def test_head_gives_the_headers_of_get(server, path):
+    told = {}
+    for method in ("GET", "HEAD"):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        with contextlib.closing(connection):
+            connection.request(method, ROUTE + path)
+            reply = connection.getresponse()
+            headers = [reply.getheader(name) for name in ("Content-Type", "Content-Length")]
+            told[method] = (reply.status, *headers)
+            assert bool(reply.read()) == (method == "GET")
+    assert told["GET"] == told["HEAD"]
+    assert told["GET"][0] == 200
+
+
+@pytest.mark.parametrize("path", ["/health/", "/docs/", "/openapi.json/"])
+def test_a_slash_at_the_end_redirects_nowhere(server, path):
+    headers = {"Host": "t.example", "X-Forwarded-Proto": "https"}
+    status, _ = server.ask(ROUTE + path, method="GET", **headers)
+    assert status == 404
+
+
+def test_the_docs_name_the_description_below_the_route(server):
+    _, page = server.ask(ROUTE + "/docs", method="GET")
+    assert f"'{ROUTE}/openapi.json'" in page
+    _, described = server.ask(ROUTE + "/openapi.json", method="GET")
+    assert described["servers"] == [{"url": ROUTE}]
 
 
 # -- Lists next to single texts --------------------------------------------------------------------

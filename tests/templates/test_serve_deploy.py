@@ -21,6 +21,9 @@ from serve_testing import ROUTE, Server, write_model, write_toy
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow]
 CONFIG = "config.yaml"
 PATIENCE = 300  # seconds
+# Of a company, as Docker sets them in each container: this one cannot be reached.
+NAMES = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+PROXIES = dict.fromkeys(NAMES, "http://127.0.0.1:9") | {"no_proxy": "", "NO_PROXY": ""}
 
 
 def write_config(folder, **changes):
@@ -70,6 +73,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("deployed")
     write_toy(folder)
     shutil.copy(TEMPLATES / "check_serve_config.py", folder)
+    shutil.copy(TEMPLATES / "rayserve_entrypoint.py", folder)
     replace_model(folder, "!")
     write_config(folder)
     return folder
@@ -77,23 +81,25 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(folder):
-    with Server(folder, "run", CONFIG, cpus=2, dashboard=True) as running:
+    with Server(folder, "run", CONFIG, cpus=2, dashboard=True, **PROXIES) as running:
         running.folder = folder
         yield running.wait()
 
 
-def run(server, *arguments):
-    address = f"http://127.0.0.1:{server.dashboard}"
-    command = [sys.executable, "check_serve_config.py", CONFIG, "--deploy", address, *arguments]
-    environment = {**os.environ, **server.environment}
+def run_python(server, *command):
     return subprocess.run(
-        command,
+        [sys.executable, *command],
         cwd=server.folder,
-        env=environment,
+        env={**os.environ, **server.environment},
         capture_output=True,
         text=True,
         timeout=300,
     )
+
+
+def run(server, *arguments):
+    address = f"http://127.0.0.1:{server.dashboard}"
+    return run_python(server, "check_serve_config.py", CONFIG, "--deploy", address, *arguments)
 
 
 def deploy(server):
@@ -233,6 +239,19 @@ def test_a_replica_that_starts_later_serves_no_other_files(server):
     replace_model(folder, "!")
     deploy(server)
     assert answers(server) == before
+
+
+def test_health_and_drain_ask_no_proxy(server):
+    """The last test of this server: it removes the applications."""
+    config = {"http_options": {"port": server.port}, "applications": [{"route_prefix": ROUTE}]}
+    (server.folder / "health.yaml").write_text(yaml.safe_dump(config))
+    done = run_python(server, "rayserve_entrypoint.py", "health", "health.yaml")
+    assert done.returncode == 0, done.stderr
+    address = f"http://127.0.0.1:{server.dashboard}"
+    drain = f"import rayserve_entrypoint as e; e.DASHBOARD = {address!r}; e.drain()"
+    done = run_python(server, "-c", drain)
+    assert done.returncode == 0, done.stderr
+    assert applications(server) == {}
 
 
 def test_an_archive_is_loaded_once_for_each_address(tmp_path):
