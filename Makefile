@@ -29,7 +29,7 @@ log=$$(mktemp)
 echo "python -m venv $1" > $$log
 failed() { echo "make setup: $$1 ($$(grep -m1 '^ERROR' $$log || tail -n1 $$log)); the whole log: $$log"; rm -rf $1; exit 1; }
 echo "installing into $1, a few minutes the first time ..."
-tell() { while sleep 15 > /dev/null 2>&1; do echo "  $$SECONDS s: $$(grep -v WARNING $$log | tail -n 1 | cut -c 1-70)"; done; }
+tell() { while sleep 15 > /dev/null 2>&1; do echo "  $$SECONDS s: $$(grep -v '^ \|WARNING' $$log | tail -n 1 | cut -c 1-70)"; done; }
 tell & # what pip is doing
 trap "kill $$! 2> /dev/null || true" EXIT
 rm -rf $1

@@ -257,6 +257,10 @@ def test_training_card_draws_the_losses_of_this_run(finished, evaluated):
     folder, _ = finished
     losses = json.dumps(evaluated["losses"])
     assert_card_shows(folder, "train", losses, "W&B: offline")
+    command = ("card", "view", "train", "--id", "losses")
+    code, output = run(folder, command=command, BROWSER="echo %s")
+    assert code == 0, output
+    assert output.splitlines()[-1].startswith("file://"), output
 
 
 def test_evaluation_card_shows_scores_and_tables(finished, evaluated):
