@@ -844,7 +844,7 @@ def require_wandb():
 
 def has_login():
     """Return True if `wandb login` has stored a key for the W&B server in use."""
-    file = os.environ.get("NETRC") or Path.home() / ".netrc"
+    file = os.environ.get("NETRC") or os.path.expanduser("~/.netrc")
     server = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
     with contextlib.suppress(OSError, netrc.NetrcParseError):
         return bool(netrc.netrc(file).authenticators(urlsplit(server).netloc))
