@@ -35,7 +35,7 @@ def check_health(config_file: str) -> None:
     port = config["http_options"].get("port", 8000)
     limit = float(config["http_options"].get("request_timeout_s") or 60)
     for application in config["applications"]:
-        route = application.get("route_prefix", "/").rstrip("/")
+        route = (application.get("route_prefix") or "/").rstrip("/")
         url = f"http://127.0.0.1:{port}{route}"
         with urllib.request.urlopen(f"{url}/openapi.json", timeout=limit) as reply:
             described = json.load(reply)["paths"]["/"]["post"]["requestBody"]["content"]
@@ -44,7 +44,7 @@ def check_health(config_file: str) -> None:
         try:
             urllib.request.urlopen(request, timeout=limit).close()
         except urllib.error.HTTPError as error:
-            if error.code != 503:
+            if error.code not in (503, 504):
                 raise
             urllib.request.urlopen(f"{url}/health", timeout=limit).close()
 

@@ -493,8 +493,9 @@ def prefix_of(network):
 
 def max_tokens(network):
     """Return how many tokens of a text the network gets."""
-    positions = getattr(network.config, "max_position_embeddings", None)
-    return min(MAX_TOKENS, positions or MAX_TOKENS)
+    names = ("", "encoder_", "decoder_")
+    limits = [getattr(network.config, f"max_{name}position_embeddings", None) for name in names]
+    return min([MAX_TOKENS, *filter(None, limits)])
 
 
 def encode(model, texts, kind="text"):
@@ -530,11 +531,15 @@ def encode(model, texts, kind="text"):
         tokens = [*before, *itertools.chain.from_iterable(parts)]
         cut += len(tokens) + len(after) > limit
         found.append(tokens[: limit - len(after)] + after)
+    of_all = f"of {len(texts)} {'sources' if kind == 'text' else 'targets'}"
     if cut:
         print(
-            f"{cut} of {len(texts)} {'sources' if kind == 'text' else 'targets'} are cut to {limit}"
-            " tokens: split them into sentences, or raise MAX_TOKENS if the model can take more"
+            f"{cut} {of_all} are cut to {limit} tokens: split them into sentences, or raise "
+            "MAX_TOKENS if the model can take more"
         )
+    unknown = sum(tokenizer.unk_token_id in tokens for tokens in found)
+    if unknown:
+        print(f"{unknown} {of_all} have characters that the model does not know")
     return found
 
 
@@ -665,10 +670,17 @@ def known_answers(examples, outputs):
     right = [
         ({"text": source}, {"translation": output})
         for (source, target), output in zip(examples, outputs)
-        if output == target
+        if output == target and is_one_sentence(source)
     ]
     step = 1 + len(right) // 5
     return right[::step]
+
+
+def is_one_sentence(text):
+    """Return True for a plain sentence, which the server does not cut as it may cut others."""
+    words = text.rstrip(".!?。！？।")
+    plain = all(is_of_word(character) or character in " ,'’-" for character in words)
+    return plain and words[:1].isalnum() and text == text.strip()
 
 
 def import_transformers():
@@ -821,6 +833,7 @@ def restore_checkpoint():
         for saved in Checkpoint().list(task=task)[:1]:
             if this_task in saved["key"]:
                 Checkpoint().load(saved, current.checkpoint.directory)
+                current.checkpoint.save()  # or a resume that fails at once could not be resumed
                 print("continuing from the last checkpoint of run", current.origin_run_id)
 
 
@@ -828,7 +841,10 @@ def require_wandb():
     """Read `.env` if there is one, and fail if W&B needs a variable that is not set."""
     from dotenv import load_dotenv
 
-    load_dotenv()  # does not change variables that are set already
+    try:
+        load_dotenv()  # does not change variables that are set already
+    except ValueError as error:
+        raise MetaflowException(f".env: {error}; save it as UTF-8") from None
     if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
         return
     names = ("WANDB_API_KEY", "WANDB_PROJECT")
@@ -985,9 +1001,13 @@ def add_evaluation_card(scores, tables):
     values = [f"{value:#.4g}" for value in scores.values()]
     current.card.append(Table([values], headers=list(scores)))
     for title, (header, *rows) in tables.items():
-        cells = [[str(cell)[:90] for cell in row] for row in rows]
+        cells = [[in_short(str(cell)) for cell in row] for row in rows]
         current.card.append(Markdown(f"## {title}"))
         current.card.append(Table(cells, headers=list(header)))
+
+
+def in_short(text):
+    return text if len(text) <= 90 else text[:89] + "…"
 
 
 def adapt_steps(mutable_flow):

@@ -64,8 +64,8 @@ class Settings(BaseModel):
     max_batch_size: int = Field(32, ge=1, le=1024, description="Inputs in one call of the model")
     max_queue: int = Field(1000, ge=1, description="Waiting inputs; beyond it, requests get 503")
     max_body_bytes: int = Field(256 * 1024, ge=1, description="A larger body gets 413")
-    body_timeout_s: float = Field(10, gt=0, description="A body that takes longer gets 408")
-    timeout_s: float = Field(50, gt=0, description="A request that takes longer gets 504")
+    body_timeout_s: float = Field(10, gt=0, le=86_400, description="A slower body gets 408")
+    timeout_s: float = Field(50, gt=0, le=86_400, description="A slower request gets 504")
 
     # Of the translator.
     revision: str | None = Field(None, description="Commit of a hub model: its files can change")
@@ -131,11 +131,11 @@ GENERATION = (
 # Languages with rules in sentencex or below: as NLLB and Marian name them, and in two letters.
 CODES = "amh:am ara:ar arb:ar ben:bn bul:bg cat:ca ces:cs cmn:zh dan:da deu:de ell:el eng:en"
 CODES += " est:et fin:fi fra:fr glg:gl guj:gu hin:hi hrv:hr hun:hu hye:hy ita:it jpn:ja kan:kn"
-CODES += " kaz:kk mal:ml mar:mr mya:my nld:nl nno:nn nob:nb pan:pa pol:pl por:pt rus:ru slk:sk"
-CODES += " slv:sl spa:es tam:ta tel:te tur:tr ukr:uk yue:zh zho:zh"
+CODES += " kaz:kk kor:ko mal:ml mar:mr mya:my nld:nl nno:nn nob:nb pan:pa pol:pl por:pt rus:ru"
+CODES += " slk:sk slv:sl spa:es tam:ta tel:te tur:tr ukr:uk yue:zh zho:zh"
 TWO_LETTERS = dict(pair.split(":") for pair in CODES.split())
 ORDINALS = ("cs", "da", "de", "et", "fi", "hr", "hu", "nb", "no", "pl", "sk", "sl", "tr")  # "2."
-QUOTES = ('"', "’", "”", "»", "」", "』")
+QUOTES = ('"', "’", "”", "»", "」", "』", "】", "》")
 NO_VOWEL = "[B-DF-HJ-NP-TV-XZ]?[b-df-hj-np-tv-xz]+"  # as in "Dr." and "str."
 UNSPACED = ("ja", "zh")  # no space between sentences
 # Not shown, and not known to a model: soft hyphen, word joiner, byte order mark, direction marks.
@@ -208,7 +208,8 @@ class Model:
         self.read_limits(settings)
         if settings.precision == "int8":  # weights now, activations in each call
             layers = {torch.nn.Linear}
-            self.model = torch.ao.quantization.quantize_dynamic(self.model, layers, torch.qint8)
+            with warnings.catch_warnings(action="ignore"):  # the log is JSON
+                self.model = torch.ao.quantization.quantize_dynamic(self.model, layers, torch.qint8)
 
     def check_vocabulary(self) -> None:
         """Refuse a tokenizer that was made up because its files are missing, or is another's."""
@@ -492,6 +493,8 @@ def goes_on(sentence: str, following: str, language: str) -> bool:
         return False
     small = next(filter(str.isalpha, following), "").islower()
     text = sentence.rstrip()
+    if following[0] in "』】》":  # 『君の名は。』
+        return True
     is_speech = text.endswith(("?", "!")) and following[0] in "-–—"  # "– Où ? – dit-il."
     if is_speech or text.endswith("]"):
         return small  # "Yan et al. [2004] analysed it."
@@ -501,8 +504,9 @@ def goes_on(sentence: str, following: str, language: str) -> bool:
         return False
     *words, last = text.split()
     last = last.rstrip(".")
-    if last.isdigit() and (small or len(last) < 3):
-        if small or not words:
+    is_date = language in ("hu", "ko") and following[0].isdigit()  # "2020. 05. 03."
+    if last.isdigit() and (small or is_date or len(last) < 3):
+        if small or is_date or not words:
             return True  # "2020. május", or the number of a list
         return language in ORDINALS and not words[-1].endswith(".")
     if last[:1].isalpha() and sum(map(str.isalpha, last)) == 1:
@@ -510,7 +514,7 @@ def goes_on(sentence: str, following: str, language: str) -> bool:
     is_unit = bool(words) and words[-1][-1].isdigit()  # "5 km."
     if language != "en" and not is_unit and re.fullmatch(NO_VOWEL, last):
         return True
-    return small and (len(last) < 3 or "." in last)  # an abbreviation
+    return small and (is_unit or len(last) < 3 or "." in last)  # "5 mln. euro", "i.e. one"
 
 
 # -- What the files of a model say -----------------------------------------------------------------
@@ -518,6 +522,10 @@ def goes_on(sentence: str, following: str, language: str) -> bool:
 
 def load_network(name: str, revision: str | None, dtype: str) -> Any:
     """Return the network; ValueError if it is of another kind, or lacks weights."""
+    for file in Path(name).glob("*.*"):
+        small = file.stat().st_size < 1000
+        if small and file.read_bytes().startswith(b"version https://git-lfs"):
+            raise ValueError(f"{file.name} only stands for a file: run `git lfs pull` there")
     config = transformers.AutoConfig.from_pretrained(name, revision=revision)
     if not config.is_encoder_decoder:
         raise ValueError(f"a {config.model_type} has no encoder and decoder, as a T5 has")
@@ -548,16 +556,18 @@ def load_tokenizer(name: str, revision: str | None) -> Any:
 
 def limits_of(config: Any) -> dict[str, int]:
     """Return {setting: the most that the model can take}."""
-    both = getattr(config, "max_position_embeddings", None) or 4096  # a T5 has no limit
-    return {
-        "max_sentence_tokens": getattr(config, "max_encoder_position_embeddings", both),
-        "max_new_tokens": getattr(config, "max_decoder_position_embeddings", both),
-    }
+
+    def most(part: str) -> int:
+        own = getattr(config, f"max_{part}_position_embeddings", None)
+        inner = getattr(config, part, config)  # of a model made of two
+        return own or getattr(inner, "max_position_embeddings", None) or 4096  # a T5 has no limit
+
+    return {"max_sentence_tokens": most("encoder"), "max_new_tokens": most("decoder")}
 
 
 def two_letters(language: str) -> str:
-    """Return "fr" for "fr", "fr_XX", "fr-CA" and "fra_Latn"."""
-    code, *_ = re.split("[-_]", language.lower())
+    """Return "fr" for "fr", "fr_XX", "fr-CA", "fra_Latn" and "__fra__"."""
+    code, *_ = re.split("[-_]", language.lower().strip("_"))
     return TWO_LETTERS.get(code, code)
 
 
@@ -666,10 +676,11 @@ def describe(error: ValidationError, fields: Any = None) -> str:
     return "; ".join(problems)
 
 
-def hash_of(folder: Path, pattern: str) -> str:
+def hash_of(folder: Path, *patterns: str) -> str:
     """Return a short hash of the names and the contents of the files that match in a folder."""
     whole = hashlib.sha256()
-    for path in sorted(folder.glob(pattern)):
+    paths = [path for pattern in patterns for path in folder.glob(pattern)]
+    for path in sorted(paths):
         if path.is_file():
             name = path.relative_to(folder).as_posix()
             whole.update(name.encode())
@@ -681,7 +692,8 @@ def hash_of(folder: Path, pattern: str) -> str:
 
 FIRST_LINE = Path(__file__).read_text("utf-8").partition("\n")[0]
 RELEASE = FIRST_LINE.partition("version ")[2]
-CODE = hash_of(MODEL_FOLDER.parent, "[!.]*.py")  # now, while this process reads it
+# Now, while this process reads it: the files beside this one, and in packages there.
+CODE = hash_of(MODEL_FOLDER.parent, "[!.]*.py", "[!.]*/*.py")
 
 
 def identify(settings: Settings) -> dict[str, str]:
@@ -752,11 +764,14 @@ def as_json(value: BaseModel) -> str:
     return value.model_dump_json(exclude_defaults=True)
 
 
+METRICS = NAME.replace("-", "_").replace(" ", "_")  # as Prometheus allows
+
+
 class Counter(metrics.Counter):
     """A counter of the app, which Prometheus sees from the start, at 0."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"{NAME}_{name}")
+        super().__init__(f"{METRICS}_{name}")
         self._record(0)  # `inc` takes no 0
 
     def add(self, number: int) -> None:
@@ -792,7 +807,7 @@ class Batcher:
         self.share = 0.0  # places in the next batch that are kept for the oldest request
         self.worker: asyncio.Task | None = None
         self.batch_size = metrics.Histogram(
-            f"{NAME}_batch_size", boundaries=[1, 2, 4, 8, 16, 32, 64, 128]
+            f"{METRICS}_batch_size", boundaries=[1, 2, 4, 8, 16, 32, 64, 128]
         )
         self.batches = Counter("batches")
         self.inputs = Counter("inputs")
@@ -1060,7 +1075,7 @@ async def read(request: Request, max_bytes: int) -> bytearray:
     kind = content_type.partition(";")[0].strip().lower()
     if not kind.endswith(("/json", "+json")):  # also application/vnd.api+json
         raise HTTPException(415, "Send JSON with the header Content-Type: application/json.")
-    if request.headers.get("content-encoding", "identity") != "identity":
+    if request.headers.get("content-encoding", "").lower() not in ("", "identity"):
         raise HTTPException(415, "Send the body uncompressed, without Content-Encoding.")
     body = bytearray()
     async for part in request.stream():

@@ -13,6 +13,7 @@ import contextlib
 import html
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -315,10 +316,18 @@ def test_health_and_page_while_the_model_is_busy(small_server):
     assert status == 200
 
 
+def test_a_name_of_several_words_makes_valid_metrics(tmp_path):
+    write_toy(tmp_path)
+    app = tmp_path / APP
+    text = re.sub('^NAME = ".*"', 'NAME = "my classifier-2"', app.read_text("utf-8"), flags=re.M)
+    app.write_text(text, "utf-8")
+    assert imported(tmp_path).METRICS == "my_classifier_2"
+
+
 def test_metrics_begin_with_the_name(app, small_server):
     ask(small_server, "hello")
     parts = ("batch_size", "batches", "inputs", "input_size", "long_texts")
-    names = {f"ray_{app.NAME}_{part}" for part in parts}
+    names = {f"ray_{app.METRICS}_{part}" for part in parts}
     end = time.monotonic() + 400
     missing = names
     while missing and time.monotonic() < end:

@@ -76,8 +76,16 @@ def long_lines(text: str) -> set[str]:
 
 def count_differences(one: str, other: str) -> int:
     """How many lines are only in one of two texts."""
-    ours, theirs = Counter(plain(one).splitlines()), Counter(plain(other).splitlines())
-    return (ours - theirs).total() + (theirs - ours).total()
+    return distance(Counter(plain(one).splitlines()), Counter(plain(other).splitlines()))
+
+
+def distance(one: Counter[str], other: Counter[str]) -> int:
+    return (one - other).total() + (other - one).total()
+
+
+def words_of(text: str) -> Counter[str]:
+    """The words of a text, which no formatter changes."""
+    return Counter(re.findall(r"\w+", plain(text)))
 
 
 def without_first_line(state: State) -> State:
@@ -208,7 +216,8 @@ class Templates:
         """The state of a template that is most like a text; of several, the oldest."""
         states = [state for state in self.states if state.name == name]
         of_version = [state for state in states if state.version == version]
-        return min(of_version or states, key=lambda state: count_differences(state.text, text))
+        words = words_of(text)
+        return min(of_version or states, key=lambda state: distance(words_of(state.text), words))
 
     def find_latest(self, base: State) -> State:
         """The template as it is now, maybe under another name; `base` if there is none."""
@@ -258,8 +267,8 @@ def merge(copy: Copy) -> int:
     mark = "\ufeff" if copy.text.startswith("\ufeff") else ""
     mine = renumber(copy.text.removeprefix(mark), base, latest)
     was, now = renumber(base.text, base, latest), latest.text
-    if copy.text.count("\r\n") * 2 > copy.text.count("\n"):
-        was, now = (text.replace("\n", "\r\n") for text in (was, now))
+    is_windows = copy.text.count("\r\n") * 2 > copy.text.count("\n")
+    mine = mine.replace("\r\n", "\n")
     labels = [copy.shown, f"{base.name} {base.version}", f"{latest.name} {latest.version}"]
     with tempfile.TemporaryDirectory() as folder:
         command = ["git", "merge-file", "-p"]
@@ -271,7 +280,8 @@ def merge(copy: Copy) -> int:
         done = subprocess.run(command, cwd=folder, capture_output=True)
     if not 0 <= done.returncode <= MOST_CONFLICTS:
         fail(f"{copy.shown}: {decode(done.stderr).strip()}")
-    copy.path.write_bytes(encode(mark) + done.stdout)
+    merged = done.stdout.replace(b"\n", b"\r\n") if is_windows else done.stdout
+    copy.path.write_bytes(encode(mark) + merged)
     return done.returncode
 
 

@@ -398,7 +398,7 @@ def test_summary_that_was_cut_is_told(summariser):
 def test_wrong_data_for_a_summariser_ends_in_one_line(tmp_path):
     folder = recipes.apply(SUMMARY, tmp_path)
     write_tsv(folder / "pairs.tsv", ("source", "target"), [("a", "b")])
-    message = "pairs.tsv line 1: the header has to be text<TAB>summary"
+    message = "pairs.tsv line 1: the header of the TSV has to be text<TAB>summary"
     recipes.fails_in_one_line(folder, "--data pairs.tsv", message)
 
 

@@ -351,6 +351,18 @@ def test_every_copy_is_found_and_merged_from_anywhere(next_release, tmp_path):
     assert "outdated" not in outdated(next_release, folder, 0)
 
 
+def test_a_copy_with_mixed_ends_of_lines_and_other_quotes_is_merged(next_release, tmp_path):
+    folder = repository(tmp_path)
+    was = run("git show v0.1.0:templates/template_flow.py", next_release)
+    begin, mark, end = was.replace('"', "'").partition("BATCH_SIZE")
+    (folder / "flow.py").write_bytes((begin + mark + end.replace("\n", "\r\n", 3)).encode())
+    run("git add --all; git commit --quiet --message mine", folder)
+    *_, line = outdated(next_release, folder, 1).splitlines()
+    assert run(line, tmp_path) == "flow.py: merged template_flow.py 0.2.0\n"
+    merged = (folder / "flow.py").read_bytes()
+    assert b"\r" not in merged and b"BATCH_SIZE = 96" in merged
+
+
 @pytest.mark.parametrize("look", ["as it is", "both"])
 def test_only_what_both_changed_is_a_conflict(release, next_release, look, tmp_path):
     folder, text = repository(tmp_path), (release / "templates/template_flow.py").read_text("utf-8")

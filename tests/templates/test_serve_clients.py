@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import http.client
+import http.server
 import json
 import re
 import shutil
@@ -133,7 +134,7 @@ REQUESTS = {
     "bytes of half a pair": ([*JSON, "--data-binary", "@surrogate"], NOT_UTF8),
     "half a pair": ([*JSON, "-d", '{"text": "\\ud83d"}'], (422, "Invalid JSON: ")),
     "gzip": ([*JSON, *GZIP, "--data-binary", "@gzip"], (415, "without Content-Encoding")),
-    "identity": ([*JSON, "-H", "Content-Encoding: identity", "-d", HI], 200),
+    "identity": ([*JSON, "-H", "Content-Encoding: Identity", "-d", HI], 200),
     "chunked": ([*JSON, "-H", "Transfer-Encoding: chunked", "-d", HI], 200),
     "expect": ([*JSON, "-H", "Expect: 100-continue", "-d", HI], 200),
     "expect, too large": (
@@ -290,6 +291,36 @@ def test_a_busy_server_is_healthy(server, tmp_path):
     with lists(server, 4):
         for _ in range(10):
             rayserve_entrypoint.check_health(str(config))
+
+
+@pytest.mark.parametrize("status", [503, 504])
+def test_a_server_that_has_no_time_for_the_example_may_be_healthy(status, tmp_path):
+    post = {"requestBody": {"content": {"application/json": {"example": {"text": "hello"}}}}}
+
+    class Busy(http.server.BaseHTTPRequestHandler):
+        def answer(self, code, body=b"{}"):
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self):
+            self.answer(200, json.dumps({"paths": {"/": {"post": post}}}).encode())
+
+        def do_POST(self):
+            self.answer(status)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Busy) as busy:
+        threading.Thread(target=busy.serve_forever).start()
+        config = tmp_path / "config.yaml"
+        config.write_text(
+            f"http_options: {{port: {busy.server_port}}}\napplications: [{{route_prefix: }}]\n"
+        )
+        rayserve_entrypoint.check_health(str(config))
+        busy.shutdown()
 
 
 def test_a_list_that_can_never_fit_is_refused_at_once_with_the_limit(server):

@@ -663,6 +663,14 @@ def test_a_missing_package_is_named(folders, name, tmp_path):
 
 # -- The page --------------------------------------------------------------------------------------
 
+
+def test_limits_of_a_model_made_of_two():
+    encoder = transformers.BertConfig(max_position_embeddings=64)
+    decoder = transformers.BertConfig(max_position_embeddings=32)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    assert app.limits_of(config) == {"max_sentence_tokens": 64, "max_new_tokens": 32}
+
+
 MARKS = ("<!-- families: begin -->\n", "<!-- families: end -->")
 
 
