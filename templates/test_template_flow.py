@@ -233,6 +233,14 @@ def test_the_same_sentence_is_never_on_both_sides():
     assert set(held_out_of_half) <= set(held_out)
 
 
+@pytest.mark.parametrize("source", ["One. Two.", " begin", "end ", "...", "A.\u2028B.", "?", ""])
+def test_known_answers_are_of_plain_sentences(source):
+    pairs = [("Hello world!", "one"), (source, "two")]
+    ((request, answer),) = template_flow.known_answers(pairs, ["one", "two"])
+    assert request == {"text": "Hello world!"}
+    assert answer == {"translation": "one"}
+
+
 def test_known_answers_are_right_and_in_the_form_of_the_api():
     translations = {f"text {number}": f"texte {number}" for number in range(100)}
     pairs = list(translations.items())

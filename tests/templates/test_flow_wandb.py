@@ -2,12 +2,13 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 import template_flow
-from flow_testing import FLOW, clean_environment
+from flow_testing import FLOW, assert_fails_in_one_line, clean_environment, run
 
 SCRIPT = """
 import os
@@ -63,6 +64,15 @@ def start(folder, **environment):
     assert done.returncode == 0 and "Traceback" not in done.stdout, done.stdout
     assert KEY not in done.stdout
     return done.stdout
+
+
+def test_dotenv_in_another_encoding_is_one_line(tmp_path):
+    flow = shutil.copy(FLOW, tmp_path)
+    (tmp_path / ".env").write_text("WANDB_PROJECT=project\n", "utf-16")
+    shutil.copy(FLOW.with_name("requirements.outerbounds.txt"), tmp_path)
+    code, output = run(tmp_path, "--offline", "False", flow=flow)
+    assert_fails_in_one_line(code, output, ".env: ")
+    assert "save it as UTF-8" in output
 
 
 @pytest.mark.parametrize("case", SETTINGS)
