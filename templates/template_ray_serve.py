@@ -514,7 +514,8 @@ def goes_on(sentence: str, following: str, language: str) -> bool:
     is_unit = bool(words) and words[-1][-1].isdigit()  # "5 km."
     if language != "en" and not is_unit and re.fullmatch(NO_VOWEL, last):
         return True
-    return small and (is_unit or len(last) < 3 or "." in last)  # "5 mln. euro", "i.e. one"
+    shortened = len(last) < (5 if is_unit else 3) or "." in last  # "5 mln. euro", "i.e. one"
+    return small and shortened
 
 
 # -- What the files of a model say -----------------------------------------------------------------
