@@ -538,8 +538,8 @@ def encode(model, texts, kind="text"):
             "MAX_TOKENS if the model can take more"
         )
     unknown = sum(tokenizer.unk_token_id in tokens for tokens in found)
-    if unknown:
-        print(f"{unknown} {of_all} have characters that the model does not know")
+    if unknown and kind == "text_target":
+        print(f"{unknown} {of_all} have characters that the model cannot write")
     return found
 
 

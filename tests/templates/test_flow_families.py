@@ -181,6 +181,12 @@ def test_what_is_cut_is_counted(bases, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_targets_that_a_base_cannot_write_are_counted(bases, capsys):
+    model = flow.new_model(PAIRS, families.settings_for(bases("T5 v1.0")))
+    flow.encode(model, ["Le chat", "Кошка спит", "猫"], "text_target")
+    assert capsys.readouterr().out == "2 of 3 targets have characters that the model cannot write\n"
+
+
 def test_no_more_tokens_than_the_model_has_positions(tmp_path, capsys):
     families.make("BART", tmp_path, flow.demo_pairs(), max_position_embeddings=40)
     long = ("The cat sees a red car. " * 30, "Le chat voit une voiture rouge. " * 30)
