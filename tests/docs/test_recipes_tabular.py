@@ -143,7 +143,7 @@ def test_a_killed_training_resumes_and_ends_with_the_same_trees(environment, tmp
             recipes.kill_in_train(folder, TREES, saved=8, **environment)
             saved = recipes.checkpoints(folder)
             code, output = recipes.run(folder, f"{recipes.FLOW} resume", **environment)
-            assert code == 0 and recipes.checkpoints(folder) - saved <= 30 - 8, output
+            assert code == 0 and recipes.checkpoints(folder) - saved <= 30 - 8 + 1, output
         found = recipes.artifacts(folder, "train", **environment)
         models.append(found["losses"])
         (folder / "model.skops").write_bytes(found["model"]["model.skops"])
