@@ -33,7 +33,7 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
 NO_OWN_CODE = {"working_dir", "py_modules"}  # keys of runtime_env: the code is somewhere else
-# What YAML does not read as it looks: 020 is 16, 1:30 is 90, yes is true.
+# Values that YAML does not read as they look: 020 is 16, 1:30 is 90, yes is true.
 SURPRISING = re.compile(r"[-+]?0[0-7_]+|.*:.*|yes|no|on|off", re.IGNORECASE)
 MAX_NAME = 40  # characters: Kubernetes allows 63, and KubeRay adds to the name
 Problems = Iterator[tuple[str, str]]  # path in the config, and what is wrong there
@@ -66,7 +66,7 @@ def keys_of(annotation: Any) -> dict[str, Any]:
 
 
 def check_yaml(node: Any) -> Problems:
-    """Find keys that appear again, of which YAML takes the last, and surprising values."""
+    """Find duplicate keys, of which YAML keeps only the last, and values that it reads oddly."""
     if isinstance(node, yaml.SequenceNode):
         for number, item in enumerate(node.value):
             yield from under(str(number), check_yaml(item))

@@ -203,7 +203,6 @@ class Server:
 
 TOY = '''
 import time
-import urllib.request
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -279,7 +278,7 @@ def parts_of(app):
 
 
 def used_by(settings, imports):
-    """Return your imports, except those that only your work needs."""
+    """Return those of your imports that the settings use; the toy needs no others."""
     code = ast.walk(ast.parse(imports + settings))
     used = {node.id for node in code if isinstance(node, ast.Name)}
     kept = []

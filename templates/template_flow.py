@@ -215,7 +215,7 @@ TASK = "translation_en_to_fr"  # task and languages, as transformers names them
 PREFIX = "translate English to French: "  # how a T5 is told its task
 MAX_TOKENS = 128  # of a source, and of a target; longer ones are cut, and the log says how many
 BATCH_SIZE = 64
-# Not shown, and not known to a model: soft hyphen, word joiner, byte order mark, direction marks.
+# Invisible, and unknown to models: soft hyphen, word joiner, byte order mark, direction marks.
 INVISIBLE = re.compile("[\u00ad\u061c\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
 
 
@@ -326,7 +326,7 @@ def load_base(settings):
         task = f"translation_{settings.source_language}_to_{settings.target_language}"
     prefix = set_languages(network, tokenizer, settings)
     network.config.task_specific_params = {task: {"prefix": prefix}}
-    # How it generated, such as how many answers a text, was for its old task. Keep its tokens.
+    # Keep its tokens; its other settings, such as several answers per text, suited its old task.
     kinds = ("_token_id", "bad_words_ids", "suppress_tokens")
     own = network.generation_config.to_dict()
     kept = {name: value for name, value in own.items() if name.endswith(kinds)}
@@ -677,7 +677,7 @@ def known_answers(examples, outputs):
 
 
 def is_one_sentence(text):
-    """Return True for a plain sentence, which the server does not cut as it may cut others."""
+    """Return True for a plain sentence, which the server never splits."""
     words = text.rstrip(".!?。！？।")
     plain = all(is_of_word(character) or character in " ,'’-" for character in words)
     return plain and words[:1].isalnum() and text == text.strip()
@@ -739,7 +739,7 @@ def demo_sentences():
 # YOUR CODE: end
 # -- 5. Mechanics: the same for every task ---------------------------------------------------------
 
-# Threads of torch or scikit-learn that wait for each other soon leave a busy CPU to others.
+# Threads that wait for each other stop spinning early, and leave a busy CPU to other programs.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
@@ -833,7 +833,7 @@ def restore_checkpoint():
         for saved in Checkpoint().list(task=task)[:1]:
             if this_task in saved["key"]:
                 Checkpoint().load(saved, current.checkpoint.directory)
-                current.checkpoint.save()  # or a resume that fails at once could not be resumed
+                current.checkpoint.save()  # in case it fails before its first checkpoint
                 print("continuing from the last checkpoint of run", current.origin_run_id)
 
 

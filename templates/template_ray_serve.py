@@ -138,7 +138,7 @@ ORDINALS = ("cs", "da", "de", "et", "fi", "hr", "hu", "nb", "no", "pl", "sk", "s
 QUOTES = ('"', "’", "”", "»", "」", "』", "】", "》")
 NO_VOWEL = "[B-DF-HJ-NP-TV-XZ]?[b-df-hj-np-tv-xz]+"  # as in "Dr." and "str."
 UNSPACED = ("ja", "zh")  # no space between sentences
-# Not shown, and not known to a model: soft hyphen, word joiner, byte order mark, direction marks.
+# Invisible, and unknown to models: soft hyphen, word joiner, byte order mark, direction marks.
 INVISIBLE = re.compile("[\u00ad\u061c\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
 NO_WORDS = re.compile("[0-9]\ufe0f?\u20e3|[\u115f\u1160\u3164\uffa0]")  # keycaps; blanks of Hangul
 
@@ -560,7 +560,7 @@ def limits_of(config: Any) -> dict[str, int]:
 
     def most(part: str) -> int:
         own = getattr(config, f"max_{part}_position_embeddings", None)
-        inner = getattr(config, part, config)  # of a model made of two
+        inner = getattr(config, part, config)  # of an EncoderDecoderModel
         return own or getattr(inner, "max_position_embeddings", None) or 4096  # a T5 has no limit
 
     return {"max_sentence_tokens": most("encoder"), "max_new_tokens": most("decoder")}
@@ -913,10 +913,10 @@ class Batcher:
             return [self.run([item])[0] for item in batch]
 
     async def wait_for_returning_clients(self, batch_size: int, batch_seconds: float) -> None:
-        """Wait for clients that were just answered and often ask again at once.
+        """Wait for clients that have just been answered: they often ask again immediately.
 
-        One full batch then replaces two half-full ones. Every wait is a share of what the last
-        batch took, and shrinks as they come back: the rule holds at any speed.
+        One full batch then replaces two half-full ones. The wait is proportional to the duration
+        of the last batch and shrinks as clients return, so it suits a model of any speed.
         """
         loop = asyncio.get_running_loop()
         latest = loop.time() + batch_seconds / 2

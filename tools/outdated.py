@@ -65,7 +65,7 @@ def encode(text: str) -> bytes:
 
 
 def plain(text: str) -> str:
-    """Return the text without what is not a change: the release number and the line endings."""
+    """Return the text without its release number and CR LF, which do not count as changes."""
     text = re.sub(r'(, version |image\.version=")\d+\.\d+\.\d+', r"\1", text)
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 

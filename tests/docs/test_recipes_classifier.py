@@ -105,7 +105,7 @@ def test_a_killed_training_resumes_and_ends_with_the_same_model(followed, tmp_pa
     code, output = recipes.run(tmp_path, f"{recipes.FLOW} resume")
     assert code == 0, output
     resumed = recipes.artifacts(tmp_path, "evaluate")
-    # Of ten in an unbroken run; the one that it begins with is kept again.
+    # An uninterrupted run saves ten. A resumed run first saves the checkpoint that it starts from.
     assert recipes.checkpoints(tmp_path) - saved <= 10 - 4 + 1
     assert recipes.changed_files(resumed["model"], unbroken["model"]) == []
     assert resumed["losses"] == unbroken["losses"]

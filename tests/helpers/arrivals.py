@@ -1,4 +1,4 @@
-"""Requests that come by chance, and what a distribution of their times says."""
+"""Requests at random times, and percentiles of their response times."""
 
 import asyncio
 import random
@@ -6,7 +6,7 @@ import time
 
 
 async def random_arrivals(ask, rate, seconds):
-    """Call `ask(due)` `rate` times a second by chance, whether the others are answered or not.
+    """Call `ask(due)` at random times, `rate` a second on average, without waiting for answers.
 
     `due` is the time.monotonic() at which the request should have been sent, however late it was.
     """
@@ -19,5 +19,5 @@ async def random_arrivals(ask, rate, seconds):
 
 
 def percentile(times, percent):
-    """Return the time that so many per cent of the requests did not exceed."""
+    """Return the time within which `percent` per cent of the requests were answered."""
     return sorted(times)[int(len(times) * percent / 100)]
