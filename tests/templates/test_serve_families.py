@@ -665,7 +665,7 @@ def test_a_missing_package_is_named(folders, name, tmp_path):
 
 
 def test_a_file_that_git_lfs_has_not_fetched_is_named(folders, tmp_path):
-    folder = shutil.copytree(folders["T5 v1.0"], tmp_path / "model")
+    folder = shutil.copytree(folders["T5"], tmp_path / "model")
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(
         ValueError, match="model.safetensors only stands for a file: .*git lfs pull"
