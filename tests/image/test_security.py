@@ -56,48 +56,68 @@ except BaseException as err:
 """
 
 
-def other(image, *options, code, arguments):  # noqa: F811
+@pytest.fixture(scope="module")
+def token():
+    return secrets.token_hex(20)
+
+
+@pytest.fixture(scope="module")
+def running(image, token):
+    with Container(f"--env=RAY_AUTH_TOKEN={token}", "--publish=127.0.0.1::8265") as running:
+        yield running.wait()
+
+
+@pytest.fixture(scope="module")
+def address(running):
+    inspected = pods.docker("inspect", running.id, "--format={{.NetworkSettings.IPAddress}}")
+    return inspected.stdout.strip()
+
+
+def other(image, *options, code, arguments):
     """What a Python script prints in another container of the same network."""
     options = [f"--label={LABEL}", "--entrypoint=python", *options]
     return pods.docker("run", "--rm", *options, image, "-c", code, *arguments).stdout
 
 
-def test_no_port_lets_another_container_run_anything(image):  # noqa: F811
-    token = secrets.token_hex(20)
-    with Container(f"--env=RAY_AUTH_TOKEN={token}") as running:
-        running.wait()
-        ports, gcs = json.loads(running.inside("python", "-c", LISTENING).stdout)
-        reachable = sorted(int(port) for port, outside in ports.items() if outside)
-        print(
-            f"{len(ports)} ports, {len(reachable)} of them reachable from the network: {reachable}"
-        )
-        assert 8000 in reachable and ports["8265"] is False
-        address = pods.docker(
-            "inspect", running.id, "--format={{.NetworkSettings.IPAddress}}"
-        ).stdout.strip()
-        answers = other(image, code=INTRUDER, arguments=[address, json.dumps(reachable)]).split(
-            "\n"
-        )[:-1]
-        statuses = {line.rsplit(" ", 1)[1] for line in answers}
-        print(statuses)
-        assert len(answers) == 6 * len(reachable) and statuses <= {
-            "0",
-            "figures",
-            "401",
-            "403",
-            "404",
-            "405",
-        }, answers
-        assert "401" in statuses
-        (port,) = {part.rpartition(":")[2] for part in gcs}
-        said = other(
-            image, f"--env=RAY_AUTH_TOKEN={'b' * 32}", code=DRIVER, arguments=[f"{address}:{port}"]
-        )
-        assert "connected" not in said and "refused" in said, said
-        assert "owned" not in running.inside("ls", "/tmp").stdout
-        assert running.ask() == (200, {"translation": PAIRS["Hello world!"]})
-        assert token not in running.logs()
-        found = running.inside(
-            "grep", "--recursive", "--files-with-matches", token, "/tmp", "/serve_app"
-        )
-        assert (found.returncode, found.stdout) == (1, "")  # not in what Ray has written
+def test_no_port_lets_another_container_run_anything(image, running, address, token):
+    ports, gcs = json.loads(running.inside("python", "-c", LISTENING).stdout)
+    reachable = sorted(int(port) for port, outside in ports.items() if outside)
+    print(f"{len(ports)} ports, {len(reachable)} of them reachable from the network: {reachable}")
+    assert 8000 in reachable and ports["8265"] is False
+    said = other(image, code=INTRUDER, arguments=[address, json.dumps(reachable)])
+    answers = said.split("\n")[:-1]
+    statuses = {line.rsplit(" ", 1)[1] for line in answers}
+    print(statuses)
+    assert len(answers) == 6 * len(reachable), answers
+    assert statuses <= {"0", "figures", "401", "403", "404", "405"}, answers
+    assert "401" in statuses
+    (port,) = {part.rpartition(":")[2] for part in gcs}
+    wrong = f"--env=RAY_AUTH_TOKEN={'b' * 32}"
+    said = other(image, wrong, code=DRIVER, arguments=[f"{address}:{port}"])
+    assert "connected" not in said and "refused" in said, said
+    assert "owned" not in running.inside("ls", "/tmp").stdout
+    assert running.ask() == (200, {"translation": PAIRS["Hello world!"]})
+    assert token not in running.logs()
+    written = ["/tmp", "/serve_app"]  # also by Ray
+    found = running.inside("grep", "--recursive", "--files-with-matches", token, *written)
+    assert (found.returncode, found.stdout) == (1, "")
+
+
+SUBMIT = """
+import sys, urllib.error, urllib.request
+headers = {"Content-Type": "application/json"}
+address = f"http://{sys.argv[1]}:8265/api/jobs/"
+request = urllib.request.Request(address, b'{"entrypoint": "id"}', headers)
+try:
+    print(urllib.request.urlopen(request, timeout=5).status)
+except urllib.error.HTTPError as error:
+    print(error.code)
+except OSError:
+    print("refused")
+"""
+
+
+def test_nobody_else_reaches_the_dashboard(image, running, address):
+    """Port 8265 runs code for whoever reaches it: it listens inside only, and wants a token."""
+    assert other(image, code=SUBMIT, arguments=[address]).strip() == "refused"
+    assert running.inside("python", "-c", SUBMIT, "127.0.0.1").stdout.strip() in ("401", "403")

@@ -79,14 +79,6 @@ def test_retry_continues_from_the_last_checkpoint(tmp_path, unbroken):
 
 
 @pytest.mark.slow
-def test_a_new_run_takes_nothing_from_an_older_one(tmp_path, unbroken):
-    for _ in range(2):
-        code, output = run(tmp_path, *TRAINING[1:])
-        assert code == 0 and min(epochs(output)) < 1, output
-    assert weights(tmp_path) == unbroken["model"]["model.safetensors"]
-
-
-@pytest.mark.slow
 def test_errors_of_s3_change_nothing(tmp_path, unbroken):
     _, _, _, wrong, _ = s3_errors(tmp_path, unbroken["model"]["model.safetensors"], 0)
     assert wrong == 0
