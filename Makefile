@@ -98,4 +98,4 @@ newest: setup ## run the templates' own tests with the latest versions, changing
 	.venv-newest/bin/python -m pytest templates
 
 clean: ## remove what the other targets created
-	@rm -rf .venv .venv-newest newest.txt demo.log bench/.venv-* bench/results.* model templates/model .metaflow wandb .*_cache templates/__pycache__ tests/__pycache__
+	@rm -rf .venv .venv-newest newest.txt demo.log bench/.venv-* model templates/model .metaflow wandb .*_cache templates/__pycache__ tests/__pycache__

@@ -4,15 +4,18 @@
                     [--clients 1,8,32,128]
 
 Each round starts every server once, alone, and asks it from so many clients that wait for their
-answer. Prints a table, writes results.json and results.svg. Only ratios within one run tell
-something: machines drift.
+answer. Writes results.json, and with all servers and clients also docs/benchmark.md and its chart.
+Only ratios within one run tell something: machines drift.
 """
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import json
 import os
+import platform
+import re
 import shutil
 import signal
 import statistics
@@ -20,9 +23,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
-import matplotlib
+import page
 import psutil
 import yaml
 from helpers.arrivals import percentile, random_arrivals
@@ -31,7 +36,6 @@ from model import texts
 HERE = Path(__file__).parent
 CLIENTS, PORT, THREADS = (1, 8, 32, 128), 8123, os.cpu_count() or 1
 LISTS = 4  # of 900 texts, beside single ones
-LISTS_MIX = f"{LISTS} lists"
 RUN_APP = ["-m", "uvicorn", "--host", "127.0.0.1", "--port", str(PORT), "--log-level", "warning"]
 
 
@@ -289,9 +293,9 @@ def measure(name, folder, clients, seconds, rates):
                 rates.setdefault(name, 0.8 * result["requests_per_s"])  # of the first round
         if name in rates:
             result = asyncio.run(open_loop(name, rates[name], 3 * seconds))
-            yield {"server": name, "clients": 0, "mix": "80 % load", **result}
+            yield {"server": name, "clients": 0, "mix": page.LOADED, **result}
             result = asyncio.run(beside_lists(name, 3 * seconds))
-            yield {"server": name, "clients": 1, "mix": LISTS_MIX, **result}
+            yield {"server": name, "clients": 1, "mix": page.LISTS, **result}
 
 
 def merged(results):
@@ -316,67 +320,16 @@ def merged(results):
         }
 
 
-def ratios(table):
-    """The lines that compare: [(what, figure), ...]."""
-    at = {(result["server"], result["clients"], result["mix"]): result for result in table}
-
-    def rate(server, clients=32, mix="equal"):
-        return at[server, clients, mix]["requests_per_s"]
-
-    for name in ("template", "template HAProxy", "template bfloat16", "template int8"):
-        precision = name.partition(" ")[2]
-        limit = f"limit {precision if precision in ('bfloat16', 'int8') else 'float32'}"
-        if {(name, 1, "equal"), (name, 32, "equal"), (limit, 32, "equal")} <= at.keys():
-            yield f"{name} at 32 clients, of {limit}", rate(name) / rate(limit)
-            yield (
-                f"{name} at 1 client, ms added to the call",
-                at[name, 1, "equal"]["p50_ms"] - at[limit, 1, "equal"]["p50_ms"],
-            )
-            yield f"{name}, equal lengths against mixed ones", rate(name) / rate(name, mix="mixed")
-            loaded = at[name, 0, "80 % load"]
-            yield f"{name} at 80 % load, p99 against p50", loaded["p99_ms"] / loaded["p50_ms"]
-            beside, batch = at[name, 1, LISTS_MIX], 32 / rate(limit)
-            for part in ("p50", "p99"):
-                yield (
-                    f"{name} beside {LISTS} lists of 900, {part} of a text in full batches",
-                    beside[f"{part}_ms"] / 1000 / batch,
-                )
-    for server in SERVERS:
-        if (
-            not server.startswith("template")
-            and (server, 32, "equal") in at
-            and ("template", 32, "equal") in at
-        ):
-            yield f"template at 32 clients, against {server}", rate("template") / rate(server)
-
-
-def plot(table):
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for name in dict.fromkeys(result["server"] for result in table):
-        line = [result for result in table if result["server"] == name and result["mix"] == "equal"]
-        style = (
-            {"linestyle": "--", "color": "grey"} if name.startswith("limit") else {"marker": "o"}
-        )
-        axes.plot(
-            [result["clients"] for result in line],
-            [result["requests_per_s"] for result in line],
-            label=name,
-            **style,
-        )
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="clients (of the limit: texts in a batch)",
-        ylabel="requests/s",
-        xticks=CLIENTS,
-        xticklabels=CLIENTS,
-        title=f"One model of 60 million parameters, {THREADS} CPUs",
+def machine():
+    """Name the processor, the number of CPUs and the versions that matter."""
+    processor = platform.machine()
+    with contextlib.suppress(OSError):
+        processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    versions = [f"{name} {version(name)}" for name in ("torch", "transformers", "ray")]
+    return (
+        f"{processor}, {THREADS} CPUs",
+        f"Python {platform.python_version()}, {', '.join(versions)}",
     )
-    axes.legend(fontsize="small")
-    figure.savefig(HERE / "results.svg")
 
 
 def main():
@@ -402,25 +355,20 @@ def main():
                 results.append(result)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    table = list(merged(results))
-    (HERE / "results.json").write_text(json.dumps(table, indent=1) + "\n")
-    plot(table)
-    print(
-        f"{'server':20} {'clients':>7} {'mix':10} {'requests/s':>10} {'lowest to highest':>19} "
-        f"{'p50 ms':>9} "
-        f"{'p99 ms':>9} {'errors':>6}"
-    )
-    for result in table:
-        print(
-            f"{result['server']:20} {result['clients']:7} {result['mix']:10} "
-            f"{result['requests_per_s']:10.1f} "
-            f"{result['lowest']:9.1f} {result['highest']:9.1f} {result['p50_ms']:9.0f} "
-            f"{result['p99_ms']:9.0f} "
-            f"{result['errors']:6}"
-        )
-    print(f"{arguments.rounds} rounds, each figure the median of {arguments.seconds:g} s in each")
-    for what, figure in ratios(table):
-        print(f"{what}: {figure:.2f}")
+    processor, versions = machine()
+    content = {
+        "date": str(date.today()),
+        "machine": processor,
+        "versions": versions,
+        "rounds": arguments.rounds,
+        "seconds": arguments.seconds,
+        "results": list(merged(results)),
+    }
+    page.RESULTS.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    if set(names) >= {"limit", *SERVERS} and set(clients) >= set(CLIENTS):
+        page.main()
+    else:
+        print(f"only a part was measured, so docs/benchmark.md stays; see {page.RESULTS}")
 
 
 if __name__ == "__main__":

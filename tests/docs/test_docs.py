@@ -20,7 +20,7 @@ from moto.server import ThreadedMotoServer
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 # Run by test_update.py, test_reliability.py and the tests of the recipes; languages.md has tables.
-OTHERWISE = ("update.md", "reliability.md", "your-own-model.md", "languages.md")
+OTHERWISE = ("update.md", "reliability.md", "your-own-model.md", "languages.md", "benchmark.md")
 
 
 @pytest.mark.slow
@@ -222,6 +222,7 @@ FOREIGN = {
     "This template requires Copier version": "copier",
     "not a git repository": "git",
     "COPY failed: ... model: file does not exist": "Docker",
+    "Invalid HTTP request received.": "uvicorn",
     "Bind for 127.0.0.1:8000 failed: port is already allocated": "Docker",
     "The node with node id: ... has been marked dead": "Ray",
     "Version mismatch: The cluster was started with: ...": "Ray",

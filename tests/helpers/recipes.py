@@ -1,4 +1,4 @@
-"""Recipes of docs/your-own-model.md: apply a diff to fresh templates, then do what the page says.
+"""Recipes of docs/your-own-model.md: apply its diff to fresh templates, then do what the page says.
 
 A test gives the heading of a part of the page, and a folder in which the data is:
 
@@ -20,7 +20,7 @@ import time
 
 import flow_testing
 from helpers.images import Container, build
-from helpers.pages import blocks_in, commands_in, shows
+from helpers.pages import commands_in, shows
 from helpers.remote import pods
 from helpers.repository import ROOT, template_files
 from helpers.shell import WITHOUT_NETWORK, can_cut_network, clean, execute
@@ -35,17 +35,9 @@ UNCOUNTED = re.compile(r"requirements.*\.txt|test_.*\.py")
 
 def part_of_page(heading):
     """Return the text below `## heading`, up to the next heading of that level."""
-    for page in sorted((ROOT / "docs").glob("your-own-model*.md")):
-        parts = re.split(r"^## (.*)\n", page.read_text("utf-8"), flags=re.MULTILINE)
-        for found, text in zip(parts[1::2], parts[2::2]):
-            if found == heading:
-                return text
-    raise AssertionError(f"no page has the heading {heading!r}")
-
-
-def blocks(heading, language):
-    """Return the blocks of a part of the page in this language."""
-    return blocks_in(part_of_page(heading), language)
+    text = (ROOT / "docs/your-own-model.md").read_text("utf-8")
+    parts = re.split(r"^## (.*)\n", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2]))[heading]
 
 
 def commands(heading):
@@ -53,12 +45,19 @@ def commands(heading):
     return commands_in(part_of_page(heading))
 
 
+def diff(heading):
+    """Return (name, text) of the diff that a part of the page links to."""
+    (link,) = re.findall(r"\]\((recipes/\S+\.diff)\)", part_of_page(heading))
+    path = ROOT / "docs" / link
+    return path.name, path.read_text("utf-8")
+
+
 def changes(heading):
     """Return [(file, number of the line in the new file, line), ...] that a recipe adds."""
     added = []
     file = ""
     number = 0
-    for line in "".join(blocks(heading, "diff")).splitlines():
+    for line in diff(heading)[1].splitlines():
         hunk = re.match(r"@@ -\S+ \+(\d+)", line)
         if line.startswith("+++ b/"):
             file = line.removeprefix("+++ b/")
@@ -74,7 +73,7 @@ def changes(heading):
 
 def removed_lines(heading):
     """Return the lines that a recipe takes out, of all files."""
-    lines = "".join(blocks(heading, "diff")).splitlines()
+    lines = diff(heading)[1].splitlines()
     return [line[1:] for line in lines if line.startswith("-") and not line.startswith("--- a/")]
 
 
@@ -135,8 +134,10 @@ def apply(heading, folder):
     """Copy the templates into a new git repository and apply the diff as the page says."""
     for path in template_files():
         shutil.copy(path, folder)
-    (folder / "recipe.diff").write_text("\n".join(blocks(heading, "diff")), "utf-8")
-    for command in (["init", "--quiet"], ["add", "."], ["apply", "recipe.diff"]):
+    name, text = diff(heading)
+    (folder / name).write_text(text, "utf-8")
+    assert f"git apply {name}" in [command for command, _ in commands(heading)]
+    for command in (["init", "--quiet"], ["add", "."], ["apply", name]):
         subprocess.run(["git", *command], cwd=folder, env=clean(folder), check=True)
     return folder
 
