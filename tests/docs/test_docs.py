@@ -82,9 +82,9 @@ def test_trainings_side_by_side_keep_the_best_and_resume_each_its_own(tmp_path):
     flow.write_text(source, "utf-8")
     run("python template_flow.py --no-pylint run --epochs 4", folder, environment)
     whole = artifacts(folder, "best")
-    # Seed 2 fails after its training: `resume` has to continue from the checkpoint of that seed.
+    # Seed 1 fails after its training: `resume` has to continue from the checkpoint of that seed.
     flow.write_text(
-        source.replace(mark, f"            assert self.input != 2, 'broken off'\n{mark}"), "utf-8"
+        source.replace(mark, f"            assert self.input != 1, 'broken off'\n{mark}"), "utf-8"
     )
     broken = subprocess.run(
         [sys.executable, flow, "--no-pylint", "run", "--epochs", "4"],

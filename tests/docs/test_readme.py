@@ -69,8 +69,9 @@ def test_make_demo_at_a_terminal(tmp_path):
 @pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 def test_make_demo_ends_with_its_terminal(tmp_path):
+    # A closed terminal ends its shell, and then whatever runs in front.
     with alone(8000):
-        with at_terminal("make demo", ROOT, clean(tmp_path)) as (_, terminal):
+        with at_terminal("bash -c 'make demo; :'", ROOT, clean(tmp_path)) as (_, terminal):
             read_until("1/4 train", terminal)
         end = time.monotonic() + 300
         while left_by_demo():
