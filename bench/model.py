@@ -26,6 +26,7 @@ def texts(mix):
 
 def main(folder, size=""):
     tokenizer = new_tokenizer([PREFIX + WORDS] * 2)
+    tokenizer.add_special_tokens({"unk_token": "<unk>"})  # CTranslate2 needs one
     # The rest of the vocabulary are made-up words: every token that the model gives is a text.
     tokenizer.add_tokens([f" w{number}" for number in range(32128 - len(tokenizer))])
     torch.manual_seed(0)
