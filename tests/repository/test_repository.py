@@ -130,7 +130,9 @@ def test_files_of_github_are_in_order(name, schema):
 def test_files_end_and_indent_as_the_editor_config_says():
     for name, text in TEXTS.items():
         assert text.endswith("\n") and "\r" not in text, name
-        assert name.endswith(".md") or not re.search(r"[ \t]+$", text, re.MULTILINE), name
+        assert name.endswith((".md", ".diff")) or not re.search(r"[ \t]+$", text, re.MULTILINE), (
+            name
+        )
 
 
 def test_no_test_imports_a_test():
