@@ -3,9 +3,9 @@
     python bench.py [--rounds N] [--seconds S] [--servers template,ray-docs,...]
                     [--clients 1,8,32,128]
 
-Each round starts every server once, alone, and asks it from so many clients that wait for their
-answer. Writes results.json, and with all servers and clients also docs/benchmark.md and its chart.
-Only ratios within one run tell something: machines drift.
+Each round starts every server once, alone. The clients wait for an answer before they send the
+next request. Writes results.json, and with all servers and clients also docs/benchmark.md and its
+chart. Only ratios within one run tell something: machines drift.
 """
 
 import argparse
@@ -35,7 +35,6 @@ from model import texts
 
 HERE = Path(__file__).parent
 CLIENTS, PORT, THREADS = (1, 8, 32, 128), 8123, os.cpu_count() or 1
-LISTS = 4  # of 900 texts, beside single ones
 RUN_APP = ["-m", "uvicorn", "--host", "127.0.0.1", "--port", str(PORT), "--log-level", "warning"]
 
 
@@ -51,7 +50,7 @@ def template(precision):
             "precision": precision,
             "max_new_tokens": 20,
             "max_request_tokens": 100_000,  # lists of 900 texts
-            "max_queue": 1000 * LISTS,
+            "max_queue": 1000 * page.LISTS,
         }
         deployment = application["deployments"][0]
         deployment["autoscaling_config"].update({"max_replicas": 1})
@@ -221,7 +220,7 @@ def figures(asked, rate):
 async def closed_loop(server, clients, mix, seconds):
     """What `clients` clients get that ask again as soon as they have an answer.
 
-    The first answers are not counted. A slow server gets the time for as many answers as clients.
+    The first answers are not counted. A slow server gets enough time to answer every client.
     """
     many = itertools.cycle(texts(mix))
     begin = time.perf_counter()
@@ -237,7 +236,7 @@ async def closed_loop(server, clients, mix, seconds):
     await asyncio.gather(*[client(Line(server)) for _ in range(clients)])
     times = [took for took, good in counted if good]
     assert times, "no request was answered"
-    # Each client always has one request under way (Little's law).
+    # Little's law: each client always has exactly one request in flight.
     return figures(counted, clients / statistics.mean(times))
 
 
@@ -263,7 +262,7 @@ async def beside_lists(server, seconds):
         while True:
             await line.ask(list(itertools.islice(many, 900)))
 
-    others = [asyncio.create_task(send_lists(Line(server))) for _ in range(LISTS)]
+    others = [asyncio.create_task(send_lists(Line(server))) for _ in range(page.LISTS)]
     await asyncio.sleep(5)  # until the lists are in work
     line = Line(server)
     end = time.perf_counter() + seconds
@@ -295,7 +294,7 @@ def measure(name, folder, clients, seconds, rates):
             result = asyncio.run(open_loop(name, rates[name], 3 * seconds))
             yield {"server": name, "clients": 0, "mix": page.LOADED, **result}
             result = asyncio.run(beside_lists(name, 3 * seconds))
-            yield {"server": name, "clients": 1, "mix": page.LISTS, **result}
+            yield {"server": name, "clients": 1, "mix": page.BESIDE_LISTS, **result}
 
 
 def merged(results):

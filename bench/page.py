@@ -22,12 +22,19 @@ LABELS = {  # the names of bench.py, in the order of the page
     "ctranslate2": "CTranslate2 (int8) behind FastAPI",
 }
 DRAWN = ("template", "litserve", "bentoml", "fastapi", "ray-docs")  # all in float32
-LISTS = "4 lists"
+LISTS = 4  # of 900 texts, beside single ones
+BESIDE_LISTS = f"{LISTS} lists"
 LOADED = "80 % load"
 
 
+def limit_of(server):
+    """Return the name of the limit in the precision of a server of the template."""
+    precision = server.removeprefix("template ")
+    return f"limit {precision if precision in ('bfloat16', 'int8') else 'float32'}"
+
+
 class Results:
-    """The measurements of one run: medians of its rounds."""
+    """The measurements of one whole run: medians of its rounds."""
 
     def __init__(self, content):
         self.content = content
@@ -35,26 +42,21 @@ class Results:
         for result in content["results"]:
             self.found[result["server"], result["clients"], result["mix"]] = result
 
-    def has(self, *key):
-        return key in self.found
-
     def rate(self, server, clients, mix="equal"):
         """Return requests/s; the limit at 128 clients is that of the largest batch, 32."""
         if server.startswith("limit"):
             clients = min(clients, 32)
         return self.found[server, clients, mix]["requests_per_s"]
 
-    def of_limit(self, server, clients):
-        """Return which part of the limit a server of the template reaches."""
-        precision = server.removeprefix("template").strip()
-        limit = f"limit {precision if precision in ('bfloat16', 'int8') else 'float32'}"
-        return self.rate(server, clients) / self.rate(limit, clients)
+    def milliseconds(self, server, clients, mix, percentile):
+        """Return how long answers took, such as the percentile "p99"."""
+        return self.found[server, clients, mix][f"{percentile}_ms"]
 
 
 def table(heads, rows):
     """Return a table in Markdown; figures stand on the right."""
     lines = [heads, ["---"] + ["--:"] * (len(heads) - 1), *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def clients(count):
@@ -67,32 +69,24 @@ def rates(results):
     rows = []
     for name, label in {"limit float32": "limit, float32", **LABELS}.items():
         for mix in ("equal", "mixed"):
-            if results.has(name, 32, mix):
-                figures = [f"{results.rate(name, count, mix):.1f}" for count in counts]
-                p99 = (
-                    ""
-                    if name.startswith("limit")
-                    else f"{results.found[name, 32, mix]['p99_ms']:.0f}"
-                )
-                rows.append([label, mix, *figures, p99])
+            figures = [f"{results.rate(name, count, mix):.1f}" for count in counts]
+            p99 = f"{results.milliseconds(name, 32, mix, 'p99'):.0f}"
+            rows.append([label, mix, *figures, p99])
     heads = ["server", "lengths", *map(clients, counts), "p99 ms at 32"]
     return table(heads, rows)
 
 
 def parts_of_limit(results):
-    """Return the table of what the template makes of the limit."""
+    """Return the table of the share of the limit that the template reaches."""
     counts = (8, 32, 128)
     rows = []
     for name, label in LABELS.items():
-        if name.startswith("template") and results.has(name, 32, "equal"):
-            added = (
-                results.found[name, 1, "equal"]["p50_ms"]
-                - results.found["limit float32", 1, "equal"]["p50_ms"]
-            )
-            parts = [f"{results.of_limit(name, count):.2f}" for count in counts]
-            rows.append(
-                [label, *parts, f"{added:.0f}" if name in ("template", "template HAProxy") else ""]
-            )
+        if name.startswith("template"):
+            limit = limit_of(name)
+            parts = [f"{results.rate(name, n) / results.rate(limit, n):.2f}" for n in counts]
+            call = results.milliseconds(limit, 1, "equal", "p50")
+            added = results.milliseconds(name, 1, "equal", "p50") - call
+            rows.append([label, *parts, f"{added:.0f}"])
     heads = ["of its limit", *map(clients, counts), "ms added at 1 client"]
     return table(heads, rows)
 
@@ -102,7 +96,7 @@ def against_peers(results):
     counts = (1, 8, 32, 128)
     rows = []
     for name, label in LABELS.items():
-        if not name.startswith("template") and results.has(name, 32, "equal"):
+        if not name.startswith("template"):
             ratios = [results.rate("template", n) / results.rate(name, n) for n in counts]
             rows.append([label, *(f"{ratio:.2f}" for ratio in ratios)])
     heads = ["this template against", *map(clients, counts)]
@@ -110,15 +104,14 @@ def against_peers(results):
 
 
 def waits(results):
-    """Return the table of the times of single texts, at 80 % load and beside lists of 900."""
+    """Return the table of the times of single texts, under load and beside lists."""
+    full_batch = 32_000 / results.rate("limit float32", 32)  # in ms
+    cases = {"at 80 % load": (0, LOADED), f"beside {LISTS} lists of 900": (1, BESIDE_LISTS)}
     rows = []
-    batch = 32 / results.rate("limit float32", 32)
-    for mix, clients, label in ((LOADED, 0, "at 80 % load"), (LISTS, 1, "beside 4 lists of 900")):
-        found = results.found["template", clients, mix]
-        times = [found["p50_ms"], found["p99_ms"]]
-        rows.append(
-            [label, *(f"{ms:.0f}" for ms in times), *(f"{ms / 1000 / batch:.1f}" for ms in times)]
-        )
+    for label, (count, mix) in cases.items():
+        times = [results.milliseconds("template", count, mix, part) for part in ("p50", "p99")]
+        batches = [f"{time / full_batch:.1f}" for time in times]
+        rows.append([label, *(f"{time:.0f}" for time in times), *batches])
     heads = ["a text", "p50 ms", "p99 ms", "p50 in full batches", "p99 in full batches"]
     return table(heads, rows)
 
@@ -126,26 +119,16 @@ def waits(results):
 def how(results):
     content = results.content
     rounds = f"the median of {content['rounds']} rounds of {content['seconds']:g} s"
-    return f"{content['date']}, {content['machine']}, {content['versions']}; {rounds}.\n"
+    return f"{content['date']}, {content['machine']}, {content['versions']}; {rounds}."
 
 
-TABLES = {
+TABLES = {  # {name in page.md: what makes it}
     "how": how,
     "rates": rates,
     "limit": parts_of_limit,
     "peers": against_peers,
     "waits": waits,
 }
-
-
-def written(text, results):
-    """Return the text of the page with the tables of these results between its marks."""
-    for name, make in TABLES.items():
-        before, mark, rest = text.partition(f"<!-- {name} -->\n")
-        _, end, after = rest.partition("<!-- end -->")
-        assert mark and end, name
-        text = before + mark + make(results) + end + after
-    return text
 
 
 def draw(results):
@@ -155,7 +138,7 @@ def draw(results):
 
     pyplot.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "benchmark", "font.size": 10})
     figure, panels = pyplot.subplots(1, 2, figsize=(8, 2.4), sharey=True, layout="constrained")
-    names = [name for name in DRAWN if results.has(name, 32, "equal")][::-1]
+    names = DRAWN[::-1]  # from below
     for axes, count in zip(panels, (8, 32)):
         values = [results.rate(name, count) for name in names]
         colours = ["#54aeff" if name == "template" else "#d0d7de" for name in names]
@@ -172,10 +155,11 @@ def draw(results):
 
 def main():
     results = Results(json.loads(RESULTS.read_text("utf-8")))
-    PAGE.write_text(written(EMPTY.read_text("utf-8"), results), "utf-8")
+    tables = {name: make(results) for name, make in TABLES.items()}
+    text = EMPTY.read_text("utf-8").format(**tables)
+    PAGE.write_text(text, "utf-8")
     draw(results)
-    for make in TABLES.values():
-        print(make(results))
+    print(text)
 
 
 if __name__ == "__main__":

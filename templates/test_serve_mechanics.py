@@ -172,7 +172,7 @@ def test_a_body_that_is_compressed_or_lost_is_told_so(server):
     status, answer = server.ask(body=b"abc", **{"Content-Encoding": "gzip"})
     assert (status, "Content-Encoding" in answer["error"]["message"]) == (415, True)
     upgrade = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c"}
-    for _ in range(20):  # uvicorn itself refuses a body that comes in a second packet
+    for _ in range(20):  # uvicorn itself refuses a body that arrives in a second packet
         status, answer = server.ask(body={"text": "hello"}, **upgrade)
         if isinstance(answer, dict):
             break

@@ -69,7 +69,7 @@ def test_make_demo_at_a_terminal(tmp_path):
 @pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 def test_make_demo_ends_with_its_terminal(tmp_path):
-    # A closed terminal ends its shell, and then whatever runs in front.
+    # When a terminal closes, its shell ends, and then the foreground job.
     with alone(8000):
         with at_terminal("bash -c 'make demo; :'", ROOT, clean(tmp_path)) as (_, terminal):
             read_until("1/4 train", terminal)

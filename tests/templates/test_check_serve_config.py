@@ -314,8 +314,8 @@ def test_deploying_waits_and_a_bad_update_leaves_the_old_version_serving(folder,
         assert done.returncode == 1 and "no usable model '/nowhere'" in done.stderr, done.stderr
         assert len(done.stderr.splitlines()) == 1 and serves()
         # More CPUs than there are.
-        done = deploy(f"{DEPLOYMENT}.ray_actor_options.num_cpus", 99, "--timeout", "15")
-        assert done.returncode == 1 and "not running after 15 s" in done.stderr, done.stderr
+        done = deploy(f"{DEPLOYMENT}.ray_actor_options.num_cpus", 99, "--timeout", "30")
+        assert done.returncode == 1 and "not running after 30 s" in done.stderr, done.stderr
         assert '"CPU": 99' in done.stderr and "available" in done.stderr, done.stderr
         assert serves()
         # Sent past the check, as `serve deploy` would: Ray refuses it, and the old replica goes on.

@@ -16,10 +16,17 @@ TRAINING = ("run", "--epochs", "8")
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
+def folder(tmp_path_factory):
+    """A folder with one finished run, which nothing has interrupted."""
     folder = tmp_path_factory.mktemp("unbroken")
     code, output = run(folder, *TRAINING[1:])
-    assert code == 0, output
+    assert code == 0 and min(epochs(output)) < 1, output
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder):
+    """The artifacts of that run."""
     return artifacts(folder, "train")
 
 
@@ -76,6 +83,13 @@ def test_retry_continues_from_the_last_checkpoint(tmp_path, unbroken):
     assert min(done[restart:]) > 3 and max(done) == 8
     assert weights(tmp_path) == unbroken["model"]["model.safetensors"]
     assert output.count("wandb sync") == 2  # the second attempt at train, and evaluate
+
+
+@pytest.mark.slow
+def test_a_new_run_takes_nothing_from_an_older_one(folder, unbroken):
+    code, output = run(folder, *TRAINING[1:])
+    assert code == 0 and min(epochs(output)) < 1, output
+    assert weights(folder) == unbroken["model"]["model.safetensors"]
 
 
 @pytest.mark.slow
