@@ -10,6 +10,7 @@ import time
 import torch
 from helpers.arrivals import percentile
 from model import PREFIX, texts
+from template_ray_serve import use_int8
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 
@@ -21,7 +22,7 @@ def main(folder, seconds, threads):
             folder, dtype=precision.replace("int8", "float32")
         ).eval()
         if precision == "int8":
-            model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
+            use_int8(model)
         for size in (1, 8, 32):
             for mix in ("equal", "mixed"):
                 many, times, end = texts(mix), [], time.perf_counter() + float(seconds)

@@ -72,8 +72,11 @@ class Settings(BaseModel):
     prefix: str | None = Field(None, description="Before each sentence; default: the model's own")
     source_language: str = Field("", description="Of the texts; default: the model's own")
     target_language: str = Field("", description="Of the answers; default: the model's own")
+    device: Literal["cpu", "cuda"] | None = Field(
+        None, description="Default: a GPU if num_gpus gives the replica one"
+    )
     precision: Literal["float32", "bfloat16", "int8"] = Field(
-        "float32", description="The others are faster"
+        "float32", description="The others are faster; int8 is for CPUs"
     )
     num_beams: int = Field(1, ge=1, le=64, description="More are slower, and often better")
     max_sentence_tokens: int | None = Field(
@@ -198,6 +201,7 @@ class Model:
         revision = settings.revision
         if not name:
             name, revision = HUB_MODEL, HUB_REVISION
+        self.device = choose_device(settings)
         dtype = "bfloat16" if settings.precision == "bfloat16" else "float32"
         self.model = load_network(name, revision, dtype)
         self.tokenizer = load_tokenizer(name, revision)
@@ -206,10 +210,9 @@ class Model:
         self.read_generation(settings)
         self.read_languages(settings)
         self.read_limits(settings)
-        if settings.precision == "int8":  # weights now, activations in each call
-            layers = {torch.nn.Linear}
-            with warnings.catch_warnings(action="ignore"):  # the log is JSON
-                self.model = torch.ao.quantization.quantize_dynamic(self.model, layers, torch.qint8)
+        if settings.precision == "int8":
+            use_int8(self.model)
+        self.model.to(self.device)
 
     def check_vocabulary(self) -> None:
         """Refuse a tokenizer that was made up because its files are missing, or is another's."""
@@ -234,7 +237,7 @@ class Model:
             generation.max_new_tokens = settings.max_new_tokens
         if generation.eos_token_id is None:
             generation.eos_token_id = self.tokenizer.eos_token_id
-        self.ends = torch.tensor(generation.eos_token_id)
+        self.ends = torch.tensor(generation.eos_token_id, device=self.device)
         self.model.generation_config = generation
 
     def read_languages(self, settings: Any) -> None:
@@ -419,7 +422,7 @@ class Model:
         token_lists = [sentence.tokens for sentence in sentences]
         batch = self.tokenizer.pad({"input_ids": token_lists}, return_tensors="pt")
         with torch.inference_mode():
-            tokens = self.model.generate(**batch)
+            tokens = self.model.generate(**batch.to(self.device))
         translations = self.tokenizer.batch_decode(
             tokens,
             skip_special_tokens=True,
@@ -540,6 +543,53 @@ def load_network(name: str, revision: str | None, dtype: str) -> Any:
         if weight in report["missing_keys"]:
             raise ValueError(f"its files have no weights for {weight}")
     return network.eval()
+
+
+def choose_device(settings: Any) -> str:
+    """Return where the model runs; ValueError if it cannot run there."""
+    has_gpu = torch.cuda.is_available()
+    device = settings.device or ("cuda" if has_gpu else "cpu")
+    if device == "cuda" and not has_gpu:
+        raise ValueError("device: the replica has no GPU; num_gpus of its deployment gives it one")
+    if device == "cuda" and settings.precision == "int8":
+        raise ValueError("precision: int8 is for CPUs; on a GPU use bfloat16")
+    return device
+
+
+class Int8Linear(torch.nn.Module):
+    """A linear layer of integers, with a scale for each output and for each token.
+
+    With one scale for all tokens, an answer would depend on the other texts of its batch.
+    """
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        weight = layer.weight.detach()
+        self.bias = layer.bias
+        self.scale = largest(weight) / 127
+        self.weight = (weight / self.scale).round().to(torch.int8)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        tokens = inputs.flatten(end_dim=-2)
+        scale = largest(tokens) / 127
+        integers = (tokens / scale).round().to(torch.int8)
+        outputs = torch._int_mm(integers, self.weight.t()) * scale * self.scale.t()
+        if self.bias is not None:
+            outputs += self.bias
+        return outputs.view(*inputs.shape[:-1], -1)
+
+
+def largest(rows: torch.Tensor) -> torch.Tensor:
+    """Return the largest absolute value of each row, never 0."""
+    return rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-12)
+
+
+def use_int8(network: Any) -> None:
+    """Replace the linear layers of a network."""
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if type(child) is torch.nn.Linear:
+                setattr(module, name, Int8Linear(child))
 
 
 def load_tokenizer(name: str, revision: str | None) -> Any:
