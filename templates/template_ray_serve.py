@@ -36,6 +36,9 @@ from ray import serve
 from ray.serve import metrics
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+# Before torch is imported: threads that wait for each other soon leave the CPU to other programs.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 # isort: split
 # YOUR CODE: imports
 import re
