@@ -20,13 +20,20 @@ import urllib.request
 from pathlib import Path
 
 DASHBOARD = "http://127.0.0.1:8265"
+# `serve run` with the metrics for Prometheus at a fixed port; by itself, Ray chooses one at random.
+SERVE = """
+import ray
+from ray.serve.scripts import cli
+ray.init("local", namespace="serve", _metrics_export_port=8080)
+cli()
+"""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def check_health(config_file: str) -> None:
     """Send each app the example from its own description; raise an error unless it answers.
 
-    One that refuses it because it is busy has to say itself that its model works.
+    One that refuses it, because it is busy or wants a token, has to say that its model works.
     """
     import yaml
 
@@ -44,7 +51,7 @@ def check_health(config_file: str) -> None:
         try:
             urllib.request.urlopen(request, timeout=limit).close()
         except urllib.error.HTTPError as error:
-            if error.code not in (503, 504):
+            if error.code not in (401, 503, 504):
                 raise
             urllib.request.urlopen(f"{url}/health", timeout=limit).close()
 
@@ -69,7 +76,8 @@ def serve(command: list[str]) -> int:
     if subprocess.run(check).returncode:
         return 1
     # In a session of its own, so that Ctrl+C at a terminal reaches only this process.
-    server = subprocess.Popen(command, start_new_session=True)
+    arguments = [sys.executable, "-c", SERVE, *command[1:]]
+    server = subprocess.Popen(arguments, start_new_session=True)
     received: list[int] = []
 
     def stop(number: int, _: object) -> None:

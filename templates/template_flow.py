@@ -453,7 +453,9 @@ def fit(model, examples, settings, folder, save_checkpoint, log):
             log({**numbers, "train/global_step": state.global_step})
 
     sources, targets = zip(*examples)
-    pairs = zip(encode(model, sources), encode(model, targets, "text_target"))
+    encoded = encode(model, sources)
+    network.config.input_profile = input_profile(model, sources, encoded)
+    pairs = zip(encoded, encode(model, targets, "text_target"))
     data = [{"input_ids": source, "labels": target} for source, target in pairs]
     arguments = transformers.TrainingArguments(
         output_dir=folder,
@@ -483,6 +485,17 @@ def fit(model, examples, settings, folder, save_checkpoint, log):
         for line in trainer.state.log_history
         if "loss" in line
     ]
+
+
+def input_profile(model, sources, encoded):
+    """Return what is usual for a source: the server compares it with the texts that it gets."""
+    frame = len(encode(model, [""])[0])
+    unknown = model[1].unk_token_id
+    return {
+        "characters": sum(map(len, sources)) / len(sources),
+        "tokens": sum(map(len, encoded)) / len(sources) - frame,
+        "unknown_tokens": sum(tokens.count(unknown) for tokens in encoded) / len(sources),
+    }
 
 
 def prefix_of(network):

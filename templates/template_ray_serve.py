@@ -17,10 +17,12 @@ replace your work (section 2); mechanics, page and server (sections 3 to 5) work
 import asyncio
 import contextlib
 import hashlib
+import hmac
 import html
 import json
 import logging
 import os
+import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,6 +37,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ray import serve
 from ray.serve import metrics
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 # Before torch is imported: threads that wait for each other soon leave the CPU to other programs.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -69,6 +72,12 @@ class Settings(BaseModel):
     max_body_bytes: int = Field(256 * 1024, ge=1, description="A larger body gets 413")
     body_timeout_s: float = Field(10, gt=0, le=86_400, description="A slower body gets 408")
     timeout_s: float = Field(50, gt=0, le=86_400, description="A slower request gets 504")
+    tokens_file: str = Field(
+        "", description="Who may ask: a line `name: token` for each client; empty: anybody"
+    )
+    cors_origins: str = Field(
+        "", description="Origins whose pages may ask, such as https://app.example; spaces between"
+    )
 
     # Of the translator.
     revision: str | None = Field(None, description="Commit of a hub model: its files can change")
@@ -163,11 +172,25 @@ class ModelResponse(BaseModel):
     translation: str | list[str]  # as many as there were texts, in their order
     cut_sentences: int = Field(0, description="Sentences whose translation hit max_new_tokens")
 
+    # Counted in metrics, but not sent.
+    output_tokens: int = Field(0, exclude=True)
+    texts: int = Field(0, exclude=True)
+    characters: int = Field(0, exclude=True)
+    tokens: int = Field(0, exclude=True)  # without the prefix
+    unknown_tokens: int = Field(0, exclude=True)
+
 
 # A valid request: tried at the start, shown on the page, in /docs and with error 422. Once there is
 # a `model/`, its first known answer is the example.
 EXAMPLE = {"text": "Hello world!"}
-COUNTERS = ("cut_sentences",)  # fields of ModelResponse to add up in metrics
+COUNTERS = (  # fields of ModelResponse to add up in metrics
+    "cut_sentences",
+    "output_tokens",
+    "texts",
+    "characters",
+    "tokens",
+    "unknown_tokens",
+)
 
 
 class Refuse(Exception):
@@ -187,8 +210,19 @@ class Sentence(NamedTuple):
     after: str  # what stands behind the last sentence
 
 
+class Output(NamedTuple):
+    """What the model makes of a sentence."""
+
+    translation: str
+    tokens: int
+    was_cut: bool
+
+
 class Model:
     """The model as the server uses it."""
+
+    # What was usual in training, {counter: mean of a text}: an alert compares it with the counters.
+    expected: dict[str, float]
 
     # Here a transformers sequence-to-sequence model and its tokenizer.
 
@@ -213,6 +247,7 @@ class Model:
         self.read_generation(settings)
         self.read_languages(settings)
         self.read_limits(settings)
+        self.expected = getattr(self.model.config, "input_profile", None) or {}
         if settings.precision == "int8":
             use_int8(self.model)
         self.model.to(self.device)
@@ -416,12 +451,11 @@ class Model:
         """Return how large an input is: those of like size share a batch; the sum is a metric."""
         return len(sentence.tokens)
 
-    def __call__(self, sentences: list[Sentence]) -> list[tuple[str, bool]]:
+    def __call__(self, sentences: list[Sentence]) -> list[Output]:
         """Return one output for each input. Inputs of several requests come together.
 
         If it raises an error, each input is tried alone, and the one that fails gets 500.
         """
-        # Here its translation, and whether that was cut.
         token_lists = [sentence.tokens for sentence in sentences]
         batch = self.tokenizer.pad({"input_ids": token_lists}, return_tensors="pt")
         with torch.inference_mode():
@@ -432,30 +466,38 @@ class Model:
             clean_up_tokenization_spaces=False,
         )
         generated = tokens[:, 1:]  # behind the start token, which may be the same as the end
-        ended = torch.isin(generated, self.ends).any(dim=1)
-        return list(zip(translations, (~ended).tolist()))
+        is_end = torch.isin(generated, self.ends)
+        before_end = (is_end.cumsum(dim=1) == 0).sum(dim=1)
+        cut = ~is_end.any(dim=1)
+        return list(map(Output, translations, before_end.tolist(), cut.tolist()))
 
     def answer(
         self,
         request: ModelRequest,
         inputs: list[Sentence],
-        outputs: list[tuple[str, bool]],
+        outputs: list[Output],
     ) -> ModelResponse:
         """Return the answer to a request from the outputs for its inputs, in their order."""
         begun: dict[int, str] = {}
-        cut_sentences = 0
-        for sentence, (translation, was_cut) in zip(inputs, outputs):
+        for sentence, output in zip(inputs, outputs):
             text = begun.get(sentence.text, "")
             text += self.gap(text, sentence.before)
-            begun[sentence.text] = text + translation + sentence.after
-            cut_sentences += was_cut
-        texts = []
-        for number, text in enumerate(texts_of(request)):
+            begun[sentence.text] = text + output.translation + sentence.after
+        texts = texts_of(request)
+        translations = []
+        for number, text in enumerate(texts):
             without_words = "" if is_blank(text) else text
-            texts.append(begun.get(number, without_words))
-        if isinstance(request.text, str):
-            return ModelResponse(translation=texts[0], cut_sentences=cut_sentences)
-        return ModelResponse(translation=texts, cut_sentences=cut_sentences)
+            translations.append(begun.get(number, without_words))
+        tokens = [token for sentence in inputs for token in sentence.tokens]
+        return ModelResponse(
+            translation=translations[0] if isinstance(request.text, str) else translations,
+            cut_sentences=sum(output.was_cut for output in outputs),
+            output_tokens=sum(output.tokens for output in outputs),
+            texts=len(texts),
+            characters=sum(map(len, texts)),
+            tokens=len(tokens) - len(inputs) * len(self.encode("")),
+            unknown_tokens=tokens.count(self.tokenizer.unk_token_id),
+        )
 
     def gap(self, text: str, between: str) -> str:
         """Return what goes between a text and its next sentence, as the target language has it."""
@@ -470,7 +512,7 @@ class Model:
 
         Numbers may differ in the last digits, from one machine to another.
         """
-        return answer == known
+        return answer.model_dump() == known.model_dump()
 
 
 def texts_of(request: ModelRequest) -> list[str]:
@@ -828,9 +870,51 @@ class Counter(metrics.Counter):
         super().__init__(f"{METRICS}_{name}")
         self._record(0)  # `inc` takes no 0
 
-    def add(self, number: int) -> None:
+    def add(self, number: float) -> None:
         if number:
             self.inc(number)
+
+
+class RequestCounter(metrics.Counter):
+    """Counts requests by client and status; 499 is a client that left before its answer."""
+
+    STATUSES = (200, 400, 401, 408, 413, 415, 422, 499, 500, 503, 504)
+
+    def __init__(self) -> None:
+        tags: Any = ("client", "status")
+        super().__init__(f"{METRICS}_requests", tag_keys=tags)
+        for status in self.STATUSES:
+            self._record(0, {"client": "", "status": str(status)})
+
+    def add(self, client: str, status: int) -> None:
+        self.inc(1, {"client": client, "status": str(status)})
+
+
+class RequestSeconds(metrics.Counter):
+    """How long requests take: a histogram that, unlike Ray's, Prometheus sees from the start."""
+
+    LIMITS = ("0.05", "0.1", "0.2", "0.5", "1", "2", "5", "10", "20", "50", "+Inf")
+
+    def __init__(self) -> None:
+        super().__init__(f"{METRICS}_request_seconds_bucket", tag_keys=("le",))
+        for limit in self.LIMITS:
+            self._record(0, {"le": limit})
+
+    def add(self, seconds: float) -> None:
+        for limit in self.LIMITS:
+            if seconds <= float(limit):
+                self.inc(1, {"le": limit})
+
+
+def constants(served: dict[str, str], expected: dict[str, float]) -> list[metrics.Gauge]:
+    """Return metrics that stay the same, while they are kept: what is served, and what is usual."""
+    tags: Any = tuple(served)
+    version = metrics.Gauge(f"{METRICS}_served", tag_keys=tags)
+    version.set(1, served)
+    usual = metrics.Gauge(f"{METRICS}_expected", tag_keys=("counter",))
+    for name, value in expected.items():
+        usual.set(value, {"counter": name})
+    return [version, usual]
 
 
 @dataclass(frozen=True)
@@ -841,6 +925,7 @@ class Waiting:
     size: int
     rank: int
     request: list[Any]  # all inputs of its request
+    since: float
 
 
 def rank_of(inputs: list[Any]) -> int:
@@ -866,6 +951,10 @@ class Batcher:
         self.batches = Counter("batches")
         self.inputs = Counter("inputs")
         self.input_size = Counter("input_size")
+        self.queue_seconds = Counter("queue_seconds")
+        self.model_seconds = Counter("model_seconds")
+        self.queue = metrics.Gauge(f"{METRICS}_queue")
+        self.queue.set(0)
 
     def submit(self, inputs: list[Any]) -> list[asyncio.Future]:
         """Queue the inputs of a request; cancel a returned future to drop it from the queue."""
@@ -874,7 +963,8 @@ class Batcher:
         outputs: list[asyncio.Future] = []
         for item in inputs:
             output = loop.create_future()
-            self.waiting[output] = Waiting(item, self.model.size(item), rank, inputs)
+            size = self.model.size(item)
+            self.waiting[output] = Waiting(item, size, rank, inputs, loop.time())
             outputs.append(output)
         self.arrived.set()
         if self.waiting and (self.worker is None or self.worker.done()):
@@ -886,6 +976,7 @@ class Batcher:
         for output in list(self.waiting):
             if output.done():
                 del self.waiting[output]
+        self.queue.set(len(self.waiting))
         return len(self.waiting)
 
     def ahead_of(self, inputs: list[Any]) -> int:
@@ -910,22 +1001,25 @@ class Batcher:
             taken = list(batch.values())
             items = [waiting.item for waiting in taken]
             self.busy_since = loop.time()
+            self.queue_seconds.add(sum(self.busy_since - waiting.since for waiting in taken))
+            self.queue.set(len(self.waiting))
             results = await loop.run_in_executor(self.thread, self.run, items)
             seconds = self.seconds_busy()
             self.busy_since = None
             for output, result in zip(batch, results):
                 if not output.done():
                     output.set_result(result)
-            self.count(taken)
+            self.count(taken, seconds)
             await self.wait_for_returning_clients(len(batch), seconds)
 
-    def count(self, batch: list[Waiting]) -> None:
+    def count(self, batch: list[Waiting], seconds: float) -> None:
         """Add a batch to the metrics."""
         size = sum(waiting.size for waiting in batch)
         self.batch_size.observe(len(batch))
         self.batches.add(1)
         self.inputs.add(len(batch))
         self.input_size.add(size)
+        self.model_seconds.add(seconds)
 
     def next_batch(self) -> dict[asyncio.Future, Waiting]:
         """Take the inputs of small requests first, and among these, inputs of similar size.
@@ -1108,8 +1202,26 @@ class OptionalTrailingSlash:
         await self.app(scope, receive, send)
 
 
+class CrossOrigin:
+    """Allows pages of the origins in `cors_origins` to send requests."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        app = self.app
+        if scope["type"] == "http":
+            server: Any = serve.get_replica_context().servable_object
+            origins = server.settings.cors_origins.split()
+            if origins:
+                headers = ["Authorization", "Content-Type"]
+                app = CORSMiddleware(app, origins, allow_methods=["POST"], allow_headers=headers)
+        await app(scope, receive, send)
+
+
 api = FastAPI(title=NAME.capitalize(), redirect_slashes=False)
 api.add_middleware(OptionalTrailingSlash)
+api.add_middleware(CrossOrigin)
 
 
 @api.exception_handler(StarletteHTTPException)
@@ -1117,6 +1229,46 @@ async def error_response(_: Request, error: StarletteHTTPException) -> JSONRespo
     """Give every error the same shape, and repeat nothing that the client sent."""
     body = {"error": {"code": error.status_code, "message": error.detail}}
     return JSONResponse(body, error.status_code, error.headers)
+
+
+def read_tokens(file: str) -> dict[str, str]:
+    """Return {name: token} from lines of `name: token` in a file, or in API_TOKENS.
+
+    Raises ValueError, which names the line but not the token.
+    """
+    source = file or "API_TOKENS"
+    text = os.environ.get("API_TOKENS", "").replace(",", "\n")
+    if file:
+        try:
+            text = Path(file).read_text("utf-8")
+        except OSError as error:
+            raise ValueError(f"{file}: {error.strerror}") from None
+    tokens: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        name, _, token = map(str.strip, line.partition(":"))
+        if not name or name in tokens or len(token) < 16 or not token.isascii() or " " in token:
+            wanted = "a new name, and a token of 16 ASCII characters or more"
+            raise ValueError(f"{source} line {number}: needs `name: token`, {wanted}")
+        tokens[name] = token
+    if not tokens:
+        raise ValueError(f"{source}: has no `name: token`")
+    return tokens
+
+
+def client_of(request: Request, tokens: dict[str, str]) -> str:
+    """Return the name of the client whose token a request has; HTTPException 401 without one."""
+    sent = request.headers.getlist("authorization")
+    scheme, _, token = sent[0].partition(" ") if len(sent) == 1 else ("", "", "")
+    client = ""
+    for name, right in tokens.items():  # all of them: the time it takes tells nothing
+        if hmac.compare_digest(token.strip().encode(), right.encode()):
+            client = name
+    if not client or scheme.lower() != "bearer":
+        headers = {"WWW-Authenticate": "Bearer", **CLOSE}
+        raise HTTPException(401, "Send your token as Authorization: Bearer TOKEN.", headers)
+    return client
 
 
 LARGE_BODY = 10_000  # bytes
@@ -1181,6 +1333,9 @@ class ModelServer:
         # its own, and two teams of them slow each other down.
         thread = ThreadPoolExecutor(max_workers=1)
         self.settings = settings
+        self.needs_token = bool(settings.tokens_file) or "API_TOKENS" in os.environ
+        if self.needs_token:
+            read_tokens(settings.tokens_file)  # fails now rather than at the first request
         self.model = thread.submit(load_model, settings, max(1, int(cpus))).result()
         self.served = check_deployed(settings, deployed)  # last: the files may have changed since
         self.batcher = Batcher(self.model, settings.max_batch_size, thread)
@@ -1188,6 +1343,9 @@ class ModelServer:
         self.planner = ThreadPoolExecutor(max_workers=4)
         self.planner_of_large = ThreadPoolExecutor(max_workers=1)
         self.counters = {name: Counter(name) for name in COUNTERS}
+        self.requests = RequestCounter()
+        self.request_seconds = RequestSeconds()
+        self.constants = constants(self.served, getattr(self.model, "expected", {}))
 
     @api.api_route(
         "/", methods=["GET", "HEAD"], response_class=HTMLResponse, include_in_schema=False
@@ -1214,7 +1372,36 @@ class ModelServer:
         openapi_extra={"requestBody": {"required": True, "content": {"application/json": BODY}}},
     )
     async def answer(self, http_request: Request) -> ModelResponse:
-        """Answer one request."""
+        """Answer one request, and count it."""
+        client = ""
+        status = 500
+        begin = time.monotonic()
+        try:
+            if self.needs_token:
+                client = client_of(http_request, self.tokens())
+            response = await self.answer_to(http_request)
+            status = 200
+            return response
+        except HTTPException as error:
+            status = error.status_code
+            raise
+        except asyncio.CancelledError:
+            status = 499  # the client has left
+            raise
+        finally:
+            self.requests.add(client, status)
+            self.request_seconds.add(time.monotonic() - begin)
+
+    def tokens(self) -> dict[str, str]:
+        """Return {name: token}, as they are now: a changed file counts immediately."""
+        try:
+            return read_tokens(self.settings.tokens_file)
+        except ValueError as error:
+            logging.getLogger("ray.serve").error("nobody may ask: %s", error)
+            return {}
+
+    async def answer_to(self, http_request: Request) -> ModelResponse:
+        """Return the answer to a request: read, plan, run and put together."""
         settings = self.settings
         try:
             reading = read(http_request, settings.max_body_bytes)

@@ -102,6 +102,7 @@ def make_model(folder, pairs, prefix=PREFIX, marian=False):
     torch.set_num_threads(threads)
     assert loss.item() < 0.05
     model.config.task_specific_params = {TASK: {"prefix": prefix}}
+    model.config.input_profile = {"characters": 15.0, "tokens": 3.0, "unknown_tokens": 0.0}
     model.generation_config.max_length = None
     model.generation_config.max_new_tokens = MAX_NEW_TOKENS
     tokenizer.model_max_length = MAX_TOKENS

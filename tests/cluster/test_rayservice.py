@@ -8,11 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
 from helpers.loopback import served
+from helpers.pages import blocks
 from helpers.repository import ROOT, check_for_github
 
 TEMPLATES = ROOT / "templates"
@@ -257,10 +259,100 @@ def test_what_selects_pods_finds_them(service, documents):
     assert open_to_all == [[{"port": 8000}]]
 
 
+def test_prometheus_finds_the_metrics_and_gets_in(service, documents):
+    for group in groups(service):
+        port = group["rayStartParams"]["metrics-export-port"]
+        annotations = group["template"]["metadata"]["annotations"]
+        assert annotations == {"prometheus.io/scrape": "true", "prometheus.io/port": port}
+        (container,) = group["template"]["spec"]["containers"]
+        assert {"name": "metrics", "containerPort": int(port)} in container["ports"]
+    rules = [
+        rule for rule in documents[1]["spec"]["ingress"] if {"port": 8080} in rule.get("ports", [])
+    ]
+    assert [rule["from"] for rule in rules] == [
+        [
+            {
+                "namespaceSelector": {},
+                "podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}},
+            }
+        ]
+    ]
+
+
+def valid_for_kubernetes(path):
+    """Check the documents of a file whose kinds Kubernetes itself has, strictly."""
+    command = [Path(sys.executable).with_name("kubernetes-validate"), "--strict", path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_policy_and_budget_are_valid(tmp_path):
+    said = valid_for_kubernetes(TEMPLATES / "rayservice.yaml")
+    assert "networkpolicy/translator" in said and "poddisruptionbudget/translator" in said
+    wrong = (TEMPLATES / "rayservice.yaml").read_text("utf-8").replace("policyTypes", "policyType")
+    (tmp_path / "wrong.yaml").write_text(wrong)
+    with pytest.raises(AssertionError, match="policyType"):
+        valid_for_kubernetes(tmp_path / "wrong.yaml")
+
+
+def pod_with(service, **changes):
+    """Return a Pod as the workers are, with changes of its container, and of the pod itself."""
+    pod = json.loads(json.dumps(groups(service)[1]["template"]["spec"]))
+    pod["containers"][0] |= changes.pop("container", {})
+    pod |= changes
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "worker"}, "spec": pod}
+
+
+def test_manifests_of_the_pages_are_valid(service, tmp_path):
+    ingress, mounts = [
+        block for block in blocks("operate.md", "yaml") if block.startswith(("api", "# In ray"))
+    ][::-1]
+    gpu = next(block for block in blocks("ship.md", "yaml") if "nvidia.com/gpu" in block)
+    volumes = yaml.safe_load(mounts)
+    pods = [
+        pod_with(service, container=yaml.safe_load(gpu)),
+        pod_with(
+            service,
+            container={"volumeMounts": volumes["volumeMounts"]},
+            volumes=volumes["volumes"],
+        ),
+    ]
+    text = ingress + "---\n" + yaml.safe_dump_all(pods)
+    (tmp_path / "all.yaml").write_text(text)
+    said = valid_for_kubernetes(tmp_path / "all.yaml")
+    assert "ingress/translator" in said and said.count("pod/worker") == 2
+    # KubeRay names the service of the app so.
+    assert f"{service['metadata']['name']}-serve-svc" in ingress
+
+
+def test_pipeline_for_gitlab_is_one_and_does_the_same(tmp_path):
+    workflow, pipeline = [
+        next(block for block in blocks("ship.md", "yaml") if block.startswith(start))
+        for start in ("name: image", "build-image:\n")
+    ]
+    (tmp_path / "gitlab.yml").write_text(pipeline)
+    command = [Path(sys.executable).with_name("check-jsonschema"), "--builtin-schema"]
+    command += ["vendor.gitlab-ci", tmp_path / "gitlab.yml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for step in (
+        "pip install -r requirements.outerbounds.txt",
+        "test_template_flow.py test_flow_mechanics.py",
+        "test_template_ray_serve.py test_serve_mechanics.py",
+        "python template_flow.py run --offline True",
+        "python export_model.py",
+        "python check_serve_config.py serve_config.yaml",
+        "-f Dockerfile-rayserve .",
+        "pip-audit --disable-pip -r lock.txt",
+        "cyclonedx-py requirements lock.txt",
+        "docker push",
+    ):
+        assert step in workflow and step in pipeline, step
+
+
 def test_workflow_of_the_page_is_one_and_names_actions_by_commit(tmp_path):
-    (block,) = re.findall(
-        r"^```yaml\n(.*?)^```", (ROOT / "docs/ship.md").read_text("utf-8"), re.DOTALL | re.MULTILINE
-    )
+    (block,) = [block for block in blocks("ship.md", "yaml") if block.startswith("name: image")]
     (tmp_path / "image.yml").write_text(block)
     check_for_github(tmp_path / "image.yml", "github-workflows")
     workflow = yaml.safe_load(block)

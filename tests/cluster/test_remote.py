@@ -21,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 
 import boto3
 import psutil
@@ -442,6 +443,47 @@ def test_scheduled_training_asks_for_the_gpus_that_are_set(cloud, gpus, limits, 
     resources = templates["train"]["container"]["resources"]
     assert resources.get("limits", {}) == limits
     assert resources["requests"]["memory"] == "16000M"
+
+
+class Webhook(http.server.BaseHTTPRequestHandler):
+    """Keeps what is sent to it."""
+
+    def do_POST(self):
+        self.server.asked.append(self.rfile.read(int(self.headers["Content-Length"])))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.slow
+@docker_test
+def test_a_scheduled_run_that_fails_tells_a_webhook(cloud, tmp_path):
+    flow = edited(tmp_path, WITH_IMAGE)
+    with served(Webhook) as webhook:
+        url = f"{webhook.url}/T"
+        options = ["--notify-on-error", "--notify-slack-webhook-url", url]
+        manifest = compiled(flow, profile(tmp_path, **cloud.settings), *options)
+        spec = manifest["spec"]
+        requests = {
+            template["name"]: template["http"]
+            for template in spec["templates"]
+            if "http" in template
+        }
+        # As Argo does at the end of a workflow: the hooks whose condition holds.
+        failed = [
+            requests[hook["template"]]
+            for hook in spec["hooks"].values()
+            if 'workflow.status == "Failed"' in hook.get("expression", "")
+        ]
+        for request in failed:
+            body = request["body"].replace("{{workflow.name}}", "templateflow-x7")
+            asked = urllib.request.Request(request["url"], body.encode(), method=request["method"])
+            assert urllib.request.urlopen(asked, timeout=30).status == 200
+    (message,) = map(json.loads, webhook.asked)
+    assert "TemplateFlow" in json.dumps(message) and "templateflow-x7" in json.dumps(message)
+    assert "failed" in json.dumps(message).lower()
 
 
 @pytest.mark.slow
