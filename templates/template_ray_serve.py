@@ -878,13 +878,14 @@ class Counter(metrics.Counter):
 class RequestCounter(metrics.Counter):
     """Counts requests by client and status; 499 is a client that left before its answer."""
 
+    ANYBODY = "anybody"  # a client without a token
     STATUSES = (200, 400, 401, 408, 413, 415, 422, 499, 500, 503, 504)
 
     def __init__(self) -> None:
         tags: Any = ("client", "status")
         super().__init__(f"{METRICS}_requests", tag_keys=tags)
         for status in self.STATUSES:
-            self._record(0, {"client": "", "status": str(status)})
+            self._record(0, {"client": self.ANYBODY, "status": str(status)})
 
     def add(self, client: str, status: int) -> None:
         self.inc(1, {"client": client, "status": str(status)})
@@ -906,15 +907,21 @@ class RequestSeconds(metrics.Counter):
                 self.inc(1, {"le": limit})
 
 
-def constants(served: dict[str, str], expected: dict[str, float]) -> list[metrics.Gauge]:
-    """Return metrics that stay the same, while they are kept: what is served, and what is usual."""
-    tags: Any = tuple(served)
-    version = metrics.Gauge(f"{METRICS}_served", tag_keys=tags)
-    version.set(1, served)
-    usual = metrics.Gauge(f"{METRICS}_expected", tag_keys=("counter",))
-    for name, value in expected.items():
-        usual.set(value, {"counter": name})
-    return [version, usual]
+class Gauges:
+    """What is served, and what is usual for a text, for as long as `set` is called again."""
+
+    def __init__(self, served: dict[str, str], expected: dict[str, float]) -> None:
+        tags: Any = tuple(served)
+        self.served = served
+        self.expected = expected
+        self.version = metrics.Gauge(f"{METRICS}_served", tag_keys=tags)
+        self.usual = metrics.Gauge(f"{METRICS}_expected", tag_keys=("counter",))
+        self.set()
+
+    def set(self) -> None:
+        self.version.set(1, self.served)
+        for name, value in self.expected.items():
+            self.usual.set(value, {"counter": name})
 
 
 @dataclass(frozen=True)
@@ -1345,7 +1352,12 @@ class ModelServer:
         self.counters = {name: Counter(name) for name in COUNTERS}
         self.requests = RequestCounter()
         self.request_seconds = RequestSeconds()
-        self.constants = constants(self.served, getattr(self.model, "expected", {}))
+        self.gauges = Gauges(self.served, getattr(self.model, "expected", {}))
+
+    def check_health(self) -> None:
+        """Set the gauges again: Ray calls this every 10 s, and forgets gauges after 20 s."""
+        self.gauges.set()
+        self.batcher.drop_cancelled()
 
     @api.api_route(
         "/", methods=["GET", "HEAD"], response_class=HTMLResponse, include_in_schema=False
@@ -1373,7 +1385,7 @@ class ModelServer:
     )
     async def answer(self, http_request: Request) -> ModelResponse:
         """Answer one request, and count it."""
-        client = ""
+        client = RequestCounter.ANYBODY
         status = 500
         begin = time.monotonic()
         try:

@@ -25,6 +25,7 @@ class ContainerCluster:
             "start",
             "--head",
             "--num-cpus=0",
+            "--metrics-export-port=8080",
             "--block",
         )
         for number in range(workers):
@@ -35,6 +36,7 @@ class ContainerCluster:
                 "start",
                 "--address=head:6379",
                 "--num-cpus=1",
+                "--metrics-export-port=8080",
                 "--block",
             )
 
@@ -60,7 +62,16 @@ class ContainerCluster:
         self.ids.append(done.stdout.split()[-1])
         return self.ids[-1]
 
-    def deploy(self):
+    def address(self, container):
+        """Return the address of a container, by which this machine reaches it."""
+        form = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
+        return pods.docker("inspect", container, f"--format={form}").stdout.strip()
+
+    def ready(self):
+        """Return the ports of the workers that take requests, as a readiness probe finds them."""
+        return [port for port in self.workers if is_ready(port)]
+
+    def deploy(self, wait=True):
         """Run the documented deploy command in the head; wait until all workers answer."""
         end = time.monotonic() + 400
         while True:
@@ -78,7 +89,7 @@ class ContainerCluster:
                 break
             time.sleep(1)
         assert done.returncode == 0, done.stdout
-        for port in self.workers:
+        for port in self.workers if wait else ():
             wait_for(port)
         return self
 
@@ -105,3 +116,15 @@ def wait_for(port, seconds=400):
             line.close()
         time.sleep(0.5)
     raise AssertionError(f"no worker at {port}")
+
+
+def is_ready(port):
+    """Ask the probe of rayservice.yaml."""
+    line = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+    try:
+        line.request("GET", "/-/healthz")
+        return line.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        line.close()

@@ -16,7 +16,7 @@ def project(tmp_path_factory):
     for name in FILES:
         shutil.copy(TEMPLATES / name, folder)
     make_model(folder / "model", PAIRS)
-    for name in (".env", "notes.txt", "data.tsv"):
+    for name in (".env", "notes.txt", "data.tsv", "tokens"):
         (folder / name).write_text(f"WANDB_API_KEY={CANARY}\n")
     return folder
 
