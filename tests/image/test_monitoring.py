@@ -41,10 +41,10 @@ if Path("/tmp/fail").exists():
 self.model.generation_config.max_new_tokens = 2 if Path("/tmp/cut").exists() else 40
 """
 KILL_REPLICA = """
-import psutil
-for process in psutil.process_iter():
-    if "ServeReplica" in " ".join(process.cmdline()):
-        process.kill()
+import glob, os
+for path in glob.glob("/proc/[0-9]*/cmdline"):
+    if open(path, "rb").read().startswith(b"ray::ServeReplica"):
+        os.kill(int(path.split("/")[2]), 9)
 """
 TARGET = "/serve_app/template_ray_serve.py"
 
@@ -56,6 +56,7 @@ def running(image, tmp_path_factory):
     mount = f"--mount=type=bind,source={app},target={TARGET}"
     # Docker's own check would be counted as well.
     with Container("--no-healthcheck", mount) as running:
+        running.first_answer(lambda: healthy(running))
         yield running
 
 
@@ -80,7 +81,6 @@ def healthy(running):
 
 
 def test_every_metric_has_a_series_before_the_first_request(running, prometheus):
-    running.first_answer(lambda: healthy(running))
     names = set()
     for path in NAMING:
         found = metrics_in(path.read_text("utf-8"))
@@ -206,7 +206,7 @@ def test_requests_that_take_long_and_others_that_find_no_place(running, promethe
 
 def test_replicas_that_start_again_and_again(running, prometheus):
     def kill():
-        running.inside("python", "-c", KILL_REPLICA)
+        assert running.inside("python", "-c", KILL_REPLICA).returncode == 0
         running.first_answer(running.ask)
 
     wait_for_alert(prometheus, "Restarting", kill)
@@ -255,7 +255,9 @@ NORMAL = {  # series of an hour: start, and what is added each minute
     'ray_translator_served{release="1", code="a", model="b", replica="1"}': "1x60",
     'ray_translator_served{release="1", code="a", model="b", replica="2"}': "1x60",
     "ray_serve_deployment_replica_healthy": "2x60",
-    "ray_serve_deployment_replica_starts_total": "2x60",
+    'ray_serve_deployment_replica_starts_total{replica="1"}': "1x60",
+    'ray_serve_deployment_replica_starts_total{replica="2"}': "1x60",
+    "ray_serve_autoscaling_target_replicas": "2x60",
     'ray_serve_application_status{application="translator"}': "6x60",
     'ray_node_mem_available{instance="node"}': "400x60",
     'ray_node_mem_total{instance="node"}': "1000x60",
@@ -268,7 +270,13 @@ FAULTS = {  # alert: (the series of the fault, minutes until it fires)
     "Cut": ({"ray_translator_cut_sentences_total": "0+30x60"}, 10),
     "OtherTexts": ({"ray_translator_characters_total": "0+90000x60"}, 30),
     "NearlyOutOfMemory": ({'ray_node_mem_available{instance="node"}': "50x60"}, 5),
-    "Restarting": ({"ray_serve_deployment_replica_starts_total": "2+1x60"}, 0),
+    "Restarting": (
+        {
+            f'ray_serve_deployment_replica_starts_total{{replica="{number}"}}': f"_x{number} 1x60"
+            for number in range(9, 27, 3)
+        },
+        15,
+    ),
     "DeployFailed": ({'ray_serve_application_status{application="translator"}': "1x60"}, 2),
     "DeployHangs": ({'ray_serve_application_status{application="translator"}': "5x60"}, 15),
     "SeveralVersions": (
