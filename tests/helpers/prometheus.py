@@ -78,7 +78,7 @@ class Prometheus:
 
     def alerts(self):
         """Return {name: "pending" or "firing"}."""
-        found = self.get("alerts")["alerts"]
+        found = self.get("alerts").get("alerts", [])
         return {alert["labels"]["alertname"]: alert["state"] for alert in found}
 
 

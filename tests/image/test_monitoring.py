@@ -205,11 +205,14 @@ def test_requests_that_take_long_and_others_that_find_no_place(running, promethe
 
 
 def test_replicas_that_start_again_and_again(running, prometheus):
-    def kill():
+    replicas = "count(count_over_time(ray_serve_deployment_replica_starts_total[30m]))"
+    ((_, seen),) = prometheus.wait_for(replicas)
+    for _ in range(4):
         assert running.inside("python", "-c", KILL_REPLICA).returncode == 0
         running.first_answer(running.ask)
-
-    wait_for_alert(prometheus, "Restarting", kill)
+        seen += 1
+        prometheus.wait_for(f"{replicas} >= {seen}")
+    wait_for_alert(prometheus, "Restarting")
 
 
 def test_a_deploy_that_fails_and_one_that_has_no_room(running, prometheus):
