@@ -1247,7 +1247,7 @@ def read_tokens(file: str) -> dict[str, str]:
     text = os.environ.get("API_TOKENS", "").replace(",", "\n")
     if file:
         try:
-            text = Path(file).read_text("utf-8")
+            text = Path(file).read_text("utf-8-sig")
         except OSError as error:
             raise ValueError(f"{file}: {error.strerror}") from None
     tokens: dict[str, str] = {}
@@ -1354,7 +1354,7 @@ class ModelServer:
         self.request_seconds = RequestSeconds()
         self.gauges = Gauges(self.served, getattr(self.model, "expected", {}))
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Set the gauges again: Ray calls this every 10 s, and forgets gauges after 20 s."""
         self.gauges.set()
         self.batcher.drop_cancelled()

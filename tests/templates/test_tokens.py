@@ -199,6 +199,11 @@ def test_what_holds_no_tokens_is_named_without_them(app, tmp_path, text, reason)
     assert ALICE not in str(caught.value)
 
 
+def test_a_file_of_windows(app, tmp_path):
+    (tmp_path / "tokens").write_bytes(f"\ufeffa: {ALICE}\r\nb: {BOB}\r\n".encode())
+    assert app.read_tokens(str(tmp_path / "tokens")) == {"a": ALICE, "b": BOB}
+
+
 def test_a_missing_file_is_named(app, tmp_path):
     with pytest.raises(ValueError, match="nothing: No such file or directory"):
         app.read_tokens(str(tmp_path / "nothing"))
