@@ -293,7 +293,7 @@ def test_a_busy_server_is_healthy(server, tmp_path):
             rayserve_entrypoint.check_health(str(config))
 
 
-@pytest.mark.parametrize("status", [503, 504])
+@pytest.mark.parametrize("status", [401, 503, 504])
 def test_a_server_that_has_no_time_for_the_example_may_be_healthy(status, tmp_path):
     post = {"requestBody": {"content": {"application/json": {"example": {"text": "hello"}}}}}
 
