@@ -475,7 +475,7 @@ def test_a_scheduled_run_that_fails_tells_a_webhook(cloud, tmp_path):
         failed = [
             requests[hook["template"]]
             for hook in spec["hooks"].values()
-            if 'workflow.status == "Failed"' in hook.get("expression", "")
+            if "workflow.status == 'Failed'" in hook.get("expression", "")
         ]
         for request in failed:
             body = request["body"].replace("{{workflow.name}}", "templateflow-x7")
