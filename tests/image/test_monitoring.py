@@ -193,13 +193,13 @@ def test_a_model_that_fails(running, prometheus):
 
 def test_requests_that_take_long_and_others_that_find_no_place(running, prometheus):
     many = {"text": ["Hello world!"] * 400}
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(100) as pool:
         with fault(running, "slow"):
-            for _ in range(4):
-                pool.submit(running.post, "/translate", many, 100)
-            wait_for_alert(
-                prometheus, "Refusing", lambda: running.post("/translate", many, timeout=5)
-            )
+            for _ in range(2):
+                pool.submit(running.post, "/translate", many, 200)
+            for _ in range(98):  # more than one in a hundred of the requests before
+                pool.submit(running.ask, timeout=200)
+            wait_for_alert(prometheus, "Refusing", lambda: running.post("/translate", many))
             time.sleep(11)
     wait_for_alert(prometheus, "Slow")
 
