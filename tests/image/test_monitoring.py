@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from helpers.app import with_code_in_call
 from helpers.dashboard import draw
-from helpers.images import Container
+from helpers.images import Container, mounted
 from helpers.prometheus import Prometheus, firing
 from helpers.remote import pods
 from helpers.repository import ROOT, TEMPLATES
@@ -51,11 +51,16 @@ TARGET = "/serve_app/template_ray_serve.py"
 
 @pytest.fixture(scope="module")
 def running(image, tmp_path_factory):
-    app = tmp_path_factory.mktemp("faulty") / "app.py"
+    folder = tmp_path_factory.mktemp("faulty")
+    app = folder / "app.py"
     app.write_text(with_code_in_call(FAULTY), "utf-8")
+    config = (TEMPLATES / "serve_config.yaml").read_text("utf-8")
+    # One replica: an update needs a free CPU for the next one.
+    one_replica = config.replace("max_replicas: 4", "max_replicas: 1")
+    (folder / "serve_config.yaml").write_text(one_replica, "utf-8")
     mount = f"--mount=type=bind,source={app},target={TARGET}"
     # Docker's own check would be counted as well.
-    with Container("--no-healthcheck", mount) as running:
+    with Container("--no-healthcheck", mount, *mounted(folder)) as running:
         running.first_answer(lambda: healthy(running))
         yield running
 

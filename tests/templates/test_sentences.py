@@ -3,6 +3,7 @@
 import os
 import re
 import unicodedata
+from types import SimpleNamespace
 
 import pytest
 import template_ray_serve as app
@@ -331,6 +332,7 @@ def splitter(language):
     model.language = app.two_letters(language)
     model.max_sentence_tokens = 1_000_000
     model.encode = list
+    model.tokenizer = SimpleNamespace(unk_token_id=None)
     return model
 
 
@@ -448,7 +450,7 @@ def test_what_has_no_letter_or_digit_never_reaches_the_model(text):
     model = splitter("en")
     model.spaces = True
     (only,) = model.sentences(0, "Yes.")
-    answer = model.answer(request, [only], [("Oui.", False)])
+    answer = model.answer(request, [only], [app.Output("Oui.", 2, False)])
     expected = "" if app.is_blank(text) else text
     assert answer.translation == ["Oui.", expected]
 
@@ -501,7 +503,7 @@ def test_translations_are_joined_as_the_target_language_writes(
     model.spaces = app.two_letters(target) not in app.UNSPACED
     inputs = model.sentences(0, source)
     assert len(inputs) == len(translations)
-    outputs = [(translation, False) for translation in translations]
+    outputs = [app.Output(translation, 1, False) for translation in translations]
     assert model.answer(app.ModelRequest(text=source), inputs, outputs).translation == answer
 
 
