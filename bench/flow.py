@@ -53,6 +53,7 @@ def seconds_of(command, folder):
         check=True,
         text=True,
         stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     )
     return time.perf_counter() - begin, done.stdout
 
