@@ -8,14 +8,12 @@ Trains one epoch on the demo's sentences, and on 10 and 100 times as many. Print
 import argparse
 import os
 import re
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import template_flow as flow
-from flow_testing import clean_environment, run
+from flow_testing import python, run
 from helpers.repository import TEMPLATES
 
 PLAIN = """
@@ -33,7 +31,7 @@ print("counted:", len(training), sum(map(len, flow.encode(model, sources))))
 
 
 def write_pairs(path, times):
-    """Write so many times the sentences of the demo, each with a number of its own."""
+    """Write the demo's pairs `times` times, numbered so that all of them are different."""
     lines = ["source\ttarget"]
     for number in range(times):
         for source, target in flow.demo_pairs():
@@ -46,20 +44,13 @@ def write_pairs(path, times):
 def seconds_of(command, folder):
     """Return how long a command takes, and what it prints."""
     begin = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=folder,
-        env=clean_environment(folder),
-        check=True,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    return time.perf_counter() - begin, done.stdout
+    code, output = python(folder, *command)
+    assert code == 0, output
+    return time.perf_counter() - begin, output
 
 
 def starts(folder):
-    """Print what there is to wait for before a training begins."""
+    """Print how long it takes until training begins."""
     script = str(TEMPLATES / "template_flow.py")
     print("| before the training | s |\n|---|---|")
     imports, _ = seconds_of(["-c", "import template_flow"], folder)
@@ -73,7 +64,7 @@ def starts(folder):
 
 
 def loop_seconds(output):
-    """Return how long the training loop took, as the Trainer says."""
+    """Return how long the training loop took, as the Trainer reports it."""
     return float(re.search(r"'train_runtime': '([\d.]+)'", output)[1])
 
 

@@ -1,17 +1,14 @@
-"""What a GPU makes of it, in at most 8 minutes.
+"""Measure training and serving on a GPU, in at most 8 minutes.
 
     PYTHONPATH=templates:tests python bench/gpu.py [--device cpu] [--seconds 1]
 
 Trains the demo and exports it; then, with the model of the benchmark: what generate() alone does in
-batches of 1, 32 and 128, what the server does for as many clients, how many answers of a batch are
-not those alone, and the memory. With `--device cpu` it can be tried without a GPU.
+batches of 1, 32 and 128, what the server does for as many clients, how many answers differ between
+a batch and alone, and the memory. With `--device cpu` it can be tried without a GPU.
 """
 
 import argparse
 import asyncio
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +16,7 @@ from pathlib import Path
 import model as bench_model
 import torch
 import yaml
+from flow_testing import python, run
 from helpers.repository import TEMPLATES
 from template_ray_serve import ModelRequest, Settings, load_model
 
@@ -29,20 +27,10 @@ SIZES = (1, 32, 128)
 
 def train(folder):
     """Train the demo and export it; return the seconds of both."""
-    environment = {**os.environ, "METAFLOW_USER": "test", "METAFLOW_HOME": str(folder / "none")}
     begin = time.perf_counter()
-    for command in (
-        ["template_flow.py", "--no-pylint", "run"],
-        ["export_model.py", "--output", "m"],
-    ):
-        script = TEMPLATES / command[0]
-        subprocess.run(
-            [sys.executable, script, *command[1:]],
-            cwd=folder,
-            env=environment,
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
+    export = str(TEMPLATES / "export_model.py")
+    for code, output in (run(folder), python(folder, export, "--output", "exported")):
+        assert code == 0, output
     return time.perf_counter() - begin
 
 

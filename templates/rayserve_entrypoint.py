@@ -20,7 +20,7 @@ import urllib.request
 from pathlib import Path
 
 DASHBOARD = "http://127.0.0.1:8265"
-# `serve run` with the metrics for Prometheus at a fixed port; by itself, Ray chooses one at random.
+# `serve run` with a fixed port for Prometheus: by default, Ray picks a random one.
 SERVE = """
 import ray
 from ray.serve.scripts import cli

@@ -488,13 +488,15 @@ def fit(model, examples, settings, folder, save_checkpoint, log):
 
 
 def input_profile(model, sources, encoded):
-    """Return what is usual for a source: the server compares it with the texts that it gets."""
+    """Return averages per source text: the server compares the texts that it gets with them."""
     frame = len(encode(model, [""])[0])
-    unknown = model[1].unk_token_id
+    characters = sum(map(len, sources))
+    tokens = sum(map(len, encoded))
+    unknown = sum(line.count(model[1].unk_token_id) for line in encoded)
     return {
-        "characters": sum(map(len, sources)) / len(sources),
-        "tokens": sum(map(len, encoded)) / len(sources) - frame,
-        "unknown_tokens": sum(tokens.count(unknown) for tokens in encoded) / len(sources),
+        "characters": characters / len(sources),
+        "tokens": tokens / len(sources) - frame,
+        "unknown_tokens": unknown / len(sources),
     }
 
 

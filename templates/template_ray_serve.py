@@ -39,7 +39,7 @@ from ray.serve import metrics
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-# Before torch is imported: threads that wait for each other soon leave the CPU to other programs.
+# Set before torch is imported: waiting threads stop spinning early and free the CPU.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # isort: split
@@ -211,7 +211,7 @@ class Sentence(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What the model makes of a sentence."""
+    """The output of the model for a sentence."""
 
     translation: str
     tokens: int
@@ -221,7 +221,7 @@ class Output(NamedTuple):
 class Model:
     """The model as the server uses it."""
 
-    # What was usual in training, {counter: mean of a text}: an alert compares it with the counters.
+    # Averages per text in training, {counter: mean}: an alert compares the counters with them.
     expected: dict[str, float]
 
     # Here a transformers sequence-to-sequence model and its tokenizer.
@@ -384,7 +384,8 @@ class Model:
         longest = generation.max_new_tokens or 256
         generation.max_new_tokens = min(longest, limits["max_new_tokens"])
         self.max_request_tokens = settings.max_request_tokens
-        if len(self.encode("")) > self.max_sentence_tokens // 2:
+        self.frame = len(self.encode(""))  # tokens of the prefix, and around a text
+        if self.frame > self.max_sentence_tokens // 2:
             raise ValueError("prefix: takes more than half of max_sentence_tokens")
 
     def plan(self, request: ModelRequest) -> list[Sentence]:
@@ -488,16 +489,16 @@ class Model:
         for number, text in enumerate(texts):
             without_words = "" if is_blank(text) else text
             translations.append(begun.get(number, without_words))
-        tokens = [token for sentence in inputs for token in sentence.tokens]
-        return ModelResponse(
-            translation=translations[0] if isinstance(request.text, str) else translations,
-            cut_sentences=sum(output.was_cut for output in outputs),
-            output_tokens=sum(output.tokens for output in outputs),
-            texts=len(texts),
-            characters=sum(map(len, texts)),
-            tokens=len(tokens) - len(inputs) * len(self.encode("")),
-            unknown_tokens=tokens.count(self.tokenizer.unk_token_id),
-        )
+        one_text = isinstance(request.text, str)
+        response = ModelResponse(translation=translations[0] if one_text else translations)
+        response.texts = len(texts)
+        response.characters = sum(map(len, texts))
+        for sentence, output in zip(inputs, outputs):
+            response.cut_sentences += output.was_cut
+            response.output_tokens += output.tokens
+            response.tokens += len(sentence.tokens) - self.frame
+            response.unknown_tokens += sentence.tokens.count(self.tokenizer.unk_token_id)
+        return response
 
     def gap(self, text: str, between: str) -> str:
         """Return what goes between a text and its next sentence, as the target language has it."""
@@ -892,7 +893,7 @@ class RequestCounter(metrics.Counter):
 
 
 class RequestSeconds(metrics.Counter):
-    """How long requests take: a histogram that, unlike Ray's, Prometheus sees from the start."""
+    """A histogram of request durations that, unlike Ray's, exists before the first request."""
 
     LIMITS = ("0.05", "0.1", "0.2", "0.5", "1", "2", "5", "10", "20", "50", "+Inf")
 
@@ -908,7 +909,7 @@ class RequestSeconds(metrics.Counter):
 
 
 class Gauges:
-    """What is served, and what is usual for a text, for as long as `set` is called again."""
+    """The version served and the averages of the training; `set` has to be called regularly."""
 
     def __init__(self, served: dict[str, str], expected: dict[str, float]) -> None:
         tags: Any = tuple(served)

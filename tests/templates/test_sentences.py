@@ -332,6 +332,7 @@ def splitter(language):
     model.language = app.two_letters(language)
     model.max_sentence_tokens = 1_000_000
     model.encode = list
+    model.frame = 0
     model.tokenizer = SimpleNamespace(unk_token_id=None)
     return model
 
