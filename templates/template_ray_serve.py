@@ -44,15 +44,15 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # isort: split
 # YOUR CODE: imports
+# Large packages are imported where they are used: only replicas need them, not `serve run`.
 import re
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from typing import Annotated, Literal, NamedTuple
 
-import torch
-import transformers
 from sentencex import segment
 
 # -- 1. Settings -----------------------------------------------------------------------------------
@@ -232,6 +232,9 @@ class Model:
         `name` is a folder or a hub name, empty if there is neither; `threads` is how many CPUs
         the replica has. Runs on the thread that calls the model later.
         """
+        import torch
+        import transformers
+
         torch.set_num_threads(threads)
         transformers.logging.set_verbosity_error()  # the log is JSON
         transformers.logging.disable_progress_bar()
@@ -266,6 +269,9 @@ class Model:
 
     def read_generation(self, settings: Any) -> None:
         """Generate as the model's own files say, but the likeliest, and one for each sentence."""
+        import torch
+        import transformers
+
         own = self.model.generation_config
         generation = transformers.GenerationConfig(num_beams=settings.num_beams)
         for name in GENERATION:
@@ -457,6 +463,8 @@ class Model:
 
         If it raises an error, each input is tried alone, and the one that fails gets 500.
         """
+        import torch
+
         token_lists = [sentence.tokens for sentence in sentences]
         batch = self.tokenizer.pad({"input_ids": token_lists}, return_tensors="pt")
         with torch.inference_mode():
@@ -572,6 +580,8 @@ def goes_on(sentence: str, following: str, language: str) -> bool:
 
 def load_network(name: str, revision: str | None, dtype: str) -> Any:
     """Return the network; ValueError if it is of another kind, or lacks weights."""
+    import transformers
+
     for file in Path(name).glob("*.*"):
         small = file.stat().st_size < 1000
         if small and file.read_bytes().startswith(b"version https://git-lfs"):
@@ -593,6 +603,8 @@ def load_network(name: str, revision: str | None, dtype: str) -> Any:
 
 def choose_device(settings: Any) -> str:
     """Return where the model runs; ValueError if it cannot run there."""
+    import torch
+
     has_gpu = torch.cuda.is_available()
     device = settings.device or ("cuda" if has_gpu else "cpu")
     if device == "cuda" and not has_gpu:
@@ -602,44 +614,44 @@ def choose_device(settings: Any) -> str:
     return device
 
 
-class Int8Linear(torch.nn.Module):
-    """A linear layer of integers, with a scale for each output and for each token.
+def use_int8(network: Any) -> None:
+    """Let the linear layers of a network multiply integers."""
+    import torch
+
+    layers: list[Any] = [layer for layer in network.modules() if type(layer) is torch.nn.Linear]
+    for layer in layers:
+        weight = layer.weight.detach()
+        scale = largest(weight) / 127
+        integers = (weight / scale).round().to(torch.int8)
+        layer.weight = torch.nn.Parameter(integers, requires_grad=False)
+        layer.forward = partial(multiply_integers, integers, scale, layer.bias)
+
+
+def multiply_integers(weight: Any, scale: Any, bias: Any, inputs: Any) -> Any:
+    """Do what a linear layer does, with a scale for each output and for each token.
 
     With one scale for all tokens, an answer would depend on the other texts of its batch.
     """
+    import torch
 
-    def __init__(self, layer: torch.nn.Linear) -> None:
-        super().__init__()
-        weight = layer.weight.detach()
-        self.bias = layer.bias
-        self.scale = largest(weight) / 127
-        self.weight = (weight / self.scale).round().to(torch.int8)
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        tokens = inputs.flatten(end_dim=-2)
-        scale = largest(tokens) / 127
-        integers = (tokens / scale).round().to(torch.int8)
-        outputs = torch._int_mm(integers, self.weight.t()) * scale * self.scale.t()
-        if self.bias is not None:
-            outputs += self.bias
-        return outputs.view(*inputs.shape[:-1], -1)
+    tokens = inputs.flatten(end_dim=-2)
+    scale_of_tokens = largest(tokens) / 127
+    integers = (tokens / scale_of_tokens).round().to(torch.int8)
+    outputs = torch._int_mm(integers, weight.t()) * scale_of_tokens * scale.t()
+    if bias is not None:
+        outputs += bias
+    return outputs.view(*inputs.shape[:-1], -1)
 
 
-def largest(rows: torch.Tensor) -> torch.Tensor:
+def largest(rows: Any) -> Any:
     """Return the largest absolute value of each row, never 0."""
     return rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-12)
 
 
-def use_int8(network: Any) -> None:
-    """Replace the linear layers of a network."""
-    for module in list(network.modules()):
-        for name, child in module.named_children():
-            if type(child) is torch.nn.Linear:
-                setattr(module, name, Int8Linear(child))
-
-
 def load_tokenizer(name: str, revision: str | None) -> Any:
     """Return the tokenizer; ValueError names the package that it may need."""
+    import transformers
+
     try:
         with warnings.catch_warnings(action="ignore"):  # of a package that Marian does not use
             return transformers.AutoTokenizer.from_pretrained(name, revision=revision)

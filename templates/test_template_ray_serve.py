@@ -74,6 +74,19 @@ def test_a_faster_precision_knows_the_pairs_too(project, precision):
     assert ask(faster, list(PAIRS)).translation == list(PAIRS.values())
 
 
+def test_importing_the_app_loads_nothing_large():
+    """`serve run` and check_serve_config.py import it too, and have no use for a model."""
+    script = "import sys, template_ray_serve; print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=HERE,
+        timeout=400,
+        text=True,
+        capture_output=True,
+    )
+    assert done.stdout == "set()\n", done.stderr
+
+
 def test_a_batch_answers_like_single_sentences_for_any_number_of_threads(model):
     texts = [*PAIRS, "Hello", "The cat", "tea?", "x" * 50]
     threads = torch.get_num_threads()
