@@ -9,10 +9,12 @@ ends. It reads its route from the command.
 """
 
 import ast
+import contextlib
 import http.client
 import importlib.util
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -54,10 +56,12 @@ NOT_PASSED_ON = ("RAY_", "SERVE_", "HF_", "OMP_")  # environment variables of wh
 
 
 def free_port():
-    """Return a port that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a port that nobody listens at, below those that the system itself hands out."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def route_of(folder, arguments):
@@ -189,7 +193,7 @@ class Server:
             connection.request(method, path or self.route, body, headers)
             reply = connection.getresponse()
             text = reply.read().decode()
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return 0, ""
         finally:
             connection.close()

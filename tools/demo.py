@@ -34,6 +34,8 @@ TRAIN = "python template_flow.py run --offline True"
 EXPORT = "python export_model.py"
 SERVE = 'serve run template_ray_serve:translator_app --route-prefix "/translate"'
 ASK = f"curl -d '{BODY}' -H \"Content-Type: application/json\" {URL}"
+TOO_SLOW = "timed out during startup"  # Ray gives a node 30 s, however slow the machine is
+MOST_TRIES = 5
 CTRL_C = b"\x03"
 STAYS = f"""
 The server keeps running. Open {URL} in a browser,
@@ -138,20 +140,37 @@ def serving(folder: Path):
     """Start the server and wait until it answers; at the end stop it, and all that it started."""
     server = start(SERVE, folder, own_session=True)  # which Ctrl+C does not reach
     try:
-        end = time.monotonic() + 600
-        while not is_up():
-            if server.poll() is not None or time.monotonic() > end:
+        tries = 1
+        while not comes_up(server):
+            if TOO_SLOW not in last_line() or tries == MOST_TRIES:
                 fail(f"the server did not start; see demo.log: {last_line()}")
-            time.sleep(0.5)
+            stop(server)
+            tries += 1
+            server = start(SERVE, folder, own_session=True)
         yield server
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl+C changes nothing
-        server.terminate()
-        _, late = psutil.wait_procs(started_by(server), timeout=60)
-        for process in late:
-            process.kill()
-        psutil.wait_procs(late)
-        server.wait()
+        stop(server)
+
+
+def comes_up(server: subprocess.Popen) -> bool:
+    """Wait until the server answers; False if it ends before."""
+    end = time.monotonic() + 600
+    while server.poll() is None and time.monotonic() < end:
+        if is_up():
+            return True
+        time.sleep(0.5)
+    return False
+
+
+def stop(server: subprocess.Popen) -> None:
+    """End the server and all that it started."""
+    server.terminate()
+    _, late = psutil.wait_procs(started_by(server), timeout=60)
+    for process in late:
+        process.kill()
+    psutil.wait_procs(late)
+    server.wait()
 
 
 def is_up() -> bool:

@@ -16,6 +16,8 @@ from helpers.repository import ROOT, template_files
 from helpers.shell import clean, run
 from helpers.terminal import at_terminal, read_until
 
+from tools import demo
+
 
 def left_by_demo():
     """Return what a demo must not leave: folders, and processes that had one as their own."""
@@ -34,7 +36,7 @@ def lines_of_demo():
     return expected[:stays], expected
 
 
-@pytest.mark.xdist_group("ray")
+@pytest.mark.xdist_group("port 8000")
 def test_make_demo_without_a_terminal(tmp_path):
     expected, _ = lines_of_demo()
     with alone(8000):
@@ -47,7 +49,7 @@ def test_make_demo_without_a_terminal(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
+@pytest.mark.xdist_group("port 8000")
 def test_make_demo_at_a_terminal(tmp_path):
     _, expected = lines_of_demo()
     with alone(8000), at_terminal("make demo", ROOT, clean(tmp_path)) as (process, terminal):
@@ -67,7 +69,7 @@ def test_make_demo_at_a_terminal(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
+@pytest.mark.xdist_group("port 8000")
 def test_make_demo_ends_with_its_terminal(tmp_path):
     # When a terminal closes, its shell ends, and then the foreground job.
     with alone(8000):
@@ -77,6 +79,35 @@ def test_make_demo_ends_with_its_terminal(tmp_path):
         while left_by_demo():
             assert time.monotonic() < end, left_by_demo()
             time.sleep(0.5)
+
+
+SLOW_AT_FIRST = """
+import http.server, pathlib, sys
+
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+again = pathlib.Path("tried")
+if not again.exists():
+    again.touch()
+    sys.exit("Exception: The current node timed out during startup.")
+http.server.HTTPServer(("127.0.0.1", 8000), Healthy).serve_forever()
+"""
+
+
+@pytest.mark.xdist_group("port 8000")
+def test_the_demo_starts_a_server_again_for_which_the_machine_was_too_slow(tmp_path, monkeypatch):
+    (tmp_path / "server.py").write_text(SLOW_AT_FIRST)
+    monkeypatch.setattr(demo, "SERVE", "python server.py")
+    monkeypatch.setattr(demo, "LOG", tmp_path / "demo.log")
+    monkeypatch.setattr(demo.signal, "signal", lambda *_: None)  # this process keeps its own
+    with alone(8000):
+        with demo.serving(tmp_path) as server:
+            assert server.poll() is None
+        assert server.poll() is not None
+    assert demo.LOG.read_text().count("$ python server.py\n") == 2
 
 
 def test_files_that_the_readme_names_are_there():

@@ -14,10 +14,10 @@ TOKEN = ["--env=RAY_AUTH_MODE=token", f"--env=RAY_AUTH_TOKEN={'a' * 32}"]
 class ContainerCluster:
     """A head without replicas and workers with one CPU each, on a separate network."""
 
-    def __init__(self, tag, config, workers):
+    def __init__(self, tag, config, workers, *options):
         self.name = f"template-serve-{uuid.uuid4().hex[:8]}"
         assert pods.docker("network", "create", f"--label={LABEL}", self.name).returncode == 0
-        self.ids, self.workers, self.tag = [], {}, tag
+        self.ids, self.workers, self.tag, self.options = [], {}, tag, options
         # KubeRay's own commands, but for the addresses; the config as serveConfigV2 holds it.
         self.head = self.start(
             "head",
@@ -44,6 +44,7 @@ class ContainerCluster:
         done = pods.docker(
             "run",
             "--detach",
+            "--restart=on-failure:5",  # as Kubernetes does; Ray gives a node 30 s to start
             f"--label={LABEL}",
             f"--network={self.name}",
             f"--network-alias={name}",
@@ -53,6 +54,7 @@ class ContainerCluster:
             "--tmpfs=/tmp",
             "--cap-drop=ALL",
             *TOKEN,
+            *self.options,
             *options,
             "--entrypoint=ray",
             self.tag,
@@ -62,14 +64,9 @@ class ContainerCluster:
         self.ids.append(done.stdout.split()[-1])
         return self.ids[-1]
 
-    def address(self, container):
-        """Return the address of a container, by which this machine reaches it."""
-        form = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
-        return pods.docker("inspect", container, f"--format={form}").stdout.strip()
-
     def ready(self):
-        """Return the ports of the workers that take requests, as a readiness probe finds them."""
-        return [port for port in self.workers if is_ready(port)]
+        """Return the ports of the workers that take requests, by the probe of rayservice.yaml."""
+        return [port for port in list(self.workers) if answers(port, "/-/healthz")]
 
     def deploy(self, wait=True):
         """Run the documented deploy command in the head; wait until all workers answer."""
@@ -102,27 +99,18 @@ class ContainerCluster:
 
 
 def wait_for(port, seconds=400):
-    """As a readiness probe does."""
+    """Wait until a worker answers for the app."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        line = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-        try:
-            line.request("GET", "/translate/health")
-            if line.getresponse().status == 200:
-                return
-        except (OSError, http.client.HTTPException):
-            pass
-        finally:
-            line.close()
+    while not answers(port, "/translate/health"):
+        assert time.monotonic() < end, f"no worker at {port}"
         time.sleep(0.5)
-    raise AssertionError(f"no worker at {port}")
 
 
-def is_ready(port):
-    """Ask the probe of rayservice.yaml."""
-    line = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+def answers(port, path):
+    """Return True if a request for `path` gets status 200."""
+    line = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     try:
-        line.request("GET", "/-/healthz")
+        line.request("GET", path)
         return line.getresponse().status == 200
     except (OSError, http.client.HTTPException):
         return False

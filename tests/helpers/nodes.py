@@ -12,9 +12,9 @@ class ThreeNodes(Server):
     start = re.sub(
         "^for tries_left.*?(?=^serve)",
         """
-import os
+import os, tempfile
 from ray.cluster_utils import Cluster
-os.makedirs("/tmp/ray", exist_ok=True)  # Cluster writes its address there
+os.makedirs(tempfile.gettempdir() + "/ray", exist_ok=True)  # Cluster writes its address there
 head = {"num_cpus": 1, "temp_dir": ray_options["_temp_dir"], "include_dashboard": False}
 cluster = Cluster(True, head_node_args=head)
 for _ in range(2):
