@@ -38,7 +38,7 @@ def bases(tmp_path_factory):
 def test_family_is_tuned_saved_and_answers_the_same(name, bases, tmp_path):
     base = bases(name)
     family = families.FAMILIES[name]
-    settings = families.settings_for(base, *family.languages)
+    settings = families.settings_for(base, *family.languages["fr"])
     model = flow.new_model(TAGGED, settings)
     losses = flow.fit(model, TAGGED, settings, str(tmp_path), lambda: None, lambda numbers: None)
     assert losses[-1]["loss"] < losses[0]["loss"]
@@ -76,7 +76,7 @@ def test_a_finished_checkpoint_is_used_and_said_to_be(bases, tmp_path, capsys):
 def test_sources_and_targets_are_tokens_of_their_language(name, bases):
     family = families.FAMILIES[name]
     network, tokenizer = flow.new_model(
-        PAIRS, families.settings_for(bases(name), *family.languages)
+        PAIRS, families.settings_for(bases(name), *family.languages["fr"])
     )
     model = network, tokenizer
     end = tokenizer.eos_token_id
@@ -88,13 +88,13 @@ def test_sources_and_targets_are_tokens_of_their_language(name, bases):
         number = tokenizer.convert_tokens_to_ids
         if name == "M2M100":
             number = tokenizer.get_lang_id
-        source_language, target_language = map(number, family.languages)
+        source_language, target_language = map(number, family.languages["fr"])
         assert source_language in source and target_language in target
         assert target_language not in source and source_language not in target
         begin = generation.forced_bos_token_id or generation.decoder_start_token_id
         assert begin == target_language
         assert flow.prefix_of(network) == ""
-    elif family.languages[1]:  # MADLAD, Marian
+    elif family.tag:
         (tag,) = tokenizer.convert_tokens_to_ids([flow.prefix_of(network).strip()])
         assert source[0] == tag != tokenizer.unk_token_id
     # The first thing that a decoder gets in training is what it gets when it generates.
@@ -109,7 +109,7 @@ def test_sources_and_targets_are_tokens_of_their_language(name, bases):
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_text_is_text(name, bases):
     family = families.FAMILIES[name]
-    model = flow.new_model(PAIRS, families.settings_for(bases(name), *family.languages))
+    model = flow.new_model(PAIRS, families.settings_for(bases(name), *family.languages["fr"]))
     _, tokenizer = model
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     for kind in ("text", "text_target"):
@@ -131,7 +131,7 @@ def test_target_pieces_are_those_of_the_target(bases):
 def test_a_base_in_half_precision_is_trained_in_single(bases, tmp_path):
     import torch
 
-    network, tokenizer = flow.new_model(PAIRS, families.settings_for(bases("T5 v1.0")))
+    network, tokenizer = flow.new_model(PAIRS, families.settings_for(bases("T5")))
     network.to(torch.bfloat16).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     network, _ = flow.new_model(PAIRS, families.settings_for(tmp_path))
@@ -167,7 +167,7 @@ def test_settings_of_the_old_task_change_nothing(name, values, bases, tmp_path):
 
 def test_what_is_cut_is_counted(bases, capsys):
     long = "The cat sees a red car. " * 30
-    model = flow.new_model(PAIRS, families.settings_for(bases("T5 v1.0")))
+    model = flow.new_model(PAIRS, families.settings_for(bases("T5")))
     sources = flow.encode(model, [long, "Hello", long])
     assert capsys.readouterr().out == (
         "2 of 3 sources are cut to 128 tokens: split them into sentences, or raise MAX_TOKENS if "
@@ -182,7 +182,7 @@ def test_what_is_cut_is_counted(bases, capsys):
 
 
 def test_targets_that_a_base_cannot_write_are_counted(bases, capsys):
-    model = flow.new_model(PAIRS, families.settings_for(bases("T5 v1.0")))
+    model = flow.new_model(PAIRS, families.settings_for(bases("T5")))
     flow.encode(model, ["Le chat", "Кошка спит", "猫"], "text_target")
     assert capsys.readouterr().out == "2 of 3 targets have characters that the model cannot write\n"
 
@@ -242,8 +242,8 @@ BROKEN = {
     "bad config": (write("config.json", b"{"), "not a valid JSON file"),
     "list": (write("config.json", b"[]"), "Unrecognized model"),
     "unknown": (write("config.json", b'{"model_type": "mine"}'), "model type `mine`"),
-    "larger": (change_config(d_model=64), "weights are missing or have another size"),
-    "deeper": (change_config(num_layers=3), "16 weights are missing or have another size"),
+    "larger": (change_config(d_model=128), "weights are missing or have another size"),
+    "deeper": (change_config(num_layers=4), "16 weights are missing or have another size"),
     "code of its own": (
         change_config(model_type="mine", auto_map={"AutoConfig": "mine.Mine"}),
         "contains custom code",
@@ -256,7 +256,7 @@ BROKEN = {
 def test_a_broken_base_is_one_line(case, bases, tmp_path):
     damage, expected = BROKEN[case]
     folder = tmp_path / "base"
-    shutil.copytree(bases("T5 v1.0"), folder)
+    shutil.copytree(bases("T5"), folder)
     damage(folder)
     with pytest.raises(flow.UserError) as error:
         flow.new_model(PAIRS, families.settings_for(folder))
@@ -294,10 +294,10 @@ LANGUAGES = [
     ("M2M100", "en", "xx", "--target-language xx: the base knows 100"),
     ("mBART", "en_XX", "fr", "--target-language fr: the base knows 25, such as fr_XX"),
     ("mBART-50", "", "fr_XX", "--source-language is missing"),
-    ("MADLAD", "", "", "--target-language is missing: the base knows 3"),
-    ("Marian, multilingual", "", "fr", "--target-language fr: the base knows 2, such as fra"),
+    ("MADLAD-400", "", "", "--target-language is missing: the base knows 3"),
+    ("Marian, several targets", "", "fr", "--target-language fr: the base knows 2, such as fra"),
     ("Marian", "en", "fr", "has no languages to choose from"),
-    ("T5 v1.0", "", "de", "has no languages to choose from"),
+    ("T5", "", "de", "has no languages to choose from"),
 ]
 
 
@@ -318,7 +318,7 @@ except template_flow.UserError as error:
 """
 
 
-@pytest.mark.parametrize("name", ["Marian", "M2M100", "T5 v1.0", "mBART", "PEGASUS"])
+@pytest.mark.parametrize("name", ["Marian", "M2M100", "T5", "mBART", "PEGASUS"])
 def test_a_missing_package_is_named(name, bases, tmp_path):
     templates = str(Path(flow.__file__).parent)
     script = WITHOUT.format(templates=templates, base=str(bases(name)))
@@ -338,7 +338,7 @@ def test_a_missing_package_is_named(name, bases, tmp_path):
     "name, options, expected",
     [
         ("NLLB", "", "--source-language is missing"),
-        ("T5 v1.0", "--target-language de", "has no languages to choose from"),
+        ("T5", "--target-language de", "has no languages to choose from"),
         ("", "--target-language de", "a language needs a --base-model"),
     ],
 )
@@ -355,11 +355,10 @@ def test_the_page_lists_every_family():
     listed = {}
     for names, _, options in rows:
         separator = "; " if ";" in names else ", "
-        single = (
-            [names.strip("| ")] if "multilingual" in names else names.strip("| ").split(separator)
-        )
+        single = [names.strip("| ")] if "several" in names else names.strip("| ").split(separator)
         listed.update(dict.fromkeys(single, options))
     assert listed.keys() == families.FAMILIES.keys()
     for name, family in families.FAMILIES.items():
-        assert ("--source-language" in listed[name]) == bool(family.languages[0])
-        assert ("--target-language" in listed[name]) == bool(family.languages[1])
+        source, target = family.languages["fr"]
+        assert ("--source-language" in listed[name]) == bool(source)
+        assert ("--target-language" in listed[name]) == bool(target)

@@ -23,7 +23,7 @@ def test_exported_folder_is_served_without_settings(name, tmp_path):
     base = tmp_path / "base"
     base.mkdir()
     families.make(name, base, flow.demo_pairs())
-    settings = families.settings_for(base, *families.FAMILIES[name].languages)
+    settings = families.settings_for(base, *families.FAMILIES[name].languages["fr"])
     model = flow.new_model(TAGGED, settings)
     flow.fit(model, TAGGED, settings, str(tmp_path / "c"), lambda: None, lambda numbers: None)
     folder = tmp_path / "model"

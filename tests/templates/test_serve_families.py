@@ -16,8 +16,6 @@ import torch
 import transformers
 from helpers import families, recipes
 from helpers.repository import ROOT
-from transformers.models.m2m_100.tokenization_m2m_100 import FAIRSEQ_LANGUAGE_CODES as M2M100_CODES
-from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES as NLLB_CODES
 
 pytestmark = pytest.mark.slow
 
@@ -27,259 +25,32 @@ TARGETS = {
     "fr": ["Le chat dort.", "Bonjour !", "J'aime le thé et le lait.", "Où est la gare ?"],
     "de": ["Die Katze schläft.", "Guten Morgen!", "Ich mag Tee und Milch.", "Wo ist der Bahnhof?"],
 }
-SIZE = {"d_model": 64}
-T5_SIZE = SIZE | {"d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
-BART_SIZE = SIZE | {
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 128,
-    "decoder_ffn_dim": 128,
-    "dropout": 0.0,
-    "attention_dropout": 0.0,
-    "max_position_embeddings": 64,
-}
-
-
-# -- Tokenizers, as the files of each family on the hub --------------------------------------------
-
-
-def texts():
-    found = [*SOURCES, *TARGETS["fr"], *TARGETS["de"]]
-    return [*found, *map(str.swapcase, found), "0 1 2 3 4 5 6 7 8 9 < > / _ : ( ) translate to"]
-
-
-def train_pieces(file, vocab_size=200, **options):
-    return families.train_pieces(file, texts(), vocab_size, **options)
-
-
-def write_json(file, **values):
-    file.write_text(json.dumps(values), "utf-8")
-
-
-def write_tokenizer(folder, name, **values):
-    write_json(folder / "tokenizer_config.json", tokenizer_class=name, **values)
-
-
-T5_PIECES = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
-FAIRSEQ_PIECES = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}
-
-
-def t5_tokenizer(folder):
-    train_pieces(folder / "spiece.model", **T5_PIECES)
-    write_tokenizer(folder, "T5Tokenizer", extra_ids=100)
-
-
-def mt5_tokenizer(folder):
-    train_pieces(folder / "spiece.model", **T5_PIECES)
-    write_tokenizer(folder, "T5Tokenizer", extra_ids=0)
-
-
-def madlad_tokenizer(folder):
-    tags = [f"<2{code}>" for code in ("de", "en", "es", "fr")]
-    train_pieces(folder / "spiece.model", **FAIRSEQ_PIECES, user_defined_symbols=tags)
-    names = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<s>", "bos_token": "<s>"}
-    write_tokenizer(folder, "T5Tokenizer", extra_ids=0, **names)
-
-
-def bart_tokenizer(folder):
-    empty = transformers.BartTokenizer()
-    tokenizer = empty.train_new_from_iterator(texts(), vocab_size=400)
-    tokenizer.save_pretrained(folder)
-
-
-def mbart_tokenizer(folder):
-    train_pieces(folder / "sentencepiece.bpe.model", **FAIRSEQ_PIECES)
-    write_tokenizer(folder, "MBartTokenizer")
-
-
-def mbart50_tokenizer(folder):
-    train_pieces(folder / "sentencepiece.bpe.model", **FAIRSEQ_PIECES)
-    write_tokenizer(folder, "MBart50Tokenizer")
-
-
-def m2m100_tokenizer(folder):
-    pieces = train_pieces(folder / "sentencepiece.bpe.model", **FAIRSEQ_PIECES)
-    vocabulary = ["<s>", "<pad>", "</s>", "<unk>", *pieces[3:]]
-    numbers = {piece: number for number, piece in enumerate(vocabulary)}
-    write_json(folder / "vocab.json", **numbers)
-    codes = [f"__{code}__" for code in M2M100_CODES["m2m100"]]
-    write_tokenizer(folder, "M2M100Tokenizer", additional_special_tokens=codes)
-
-
-def nllb_tokenizer(folder):
-    train_pieces(folder / "sentencepiece.bpe.model", **FAIRSEQ_PIECES, model_type="bpe")
-    write_tokenizer(folder, "NllbTokenizer", additional_special_tokens=NLLB_CODES)
-
-
-def pegasus_tokenizer(folder):
-    marks = ["<mask_1>", "<mask_2>", *[f"<unk_{number}>" for number in range(2, 103)]]
-    numbers = {"pad_id": 0, "eos_id": 1, "unk_id": 105, "bos_id": -1, "vocab_size": 300}
-    train_pieces(folder / "spiece.model", **numbers, user_defined_symbols=marks)
-    write_tokenizer(folder, "PegasusTokenizer")
-
-
-def marian_tokenizer(folder, tags=()):
-    pieces = train_pieces(folder / "source.spm")
-    pieces += train_pieces(folder / "target.spm", vocab_size=180)
-    ordinary = sorted(set(pieces) - {"<unk>", "<s>", "</s>"})
-    vocabulary = ["</s>", "<unk>", *tags, *ordinary, "<pad>"]
-    numbers = {piece: number for number, piece in enumerate(vocabulary)}
-    write_json(folder / "vocab.json", **numbers)
-    write_tokenizer(folder, "MarianTokenizer", source_lang="eng", target_lang="fra")
-
-
-def marian_tags_tokenizer(folder):
-    marian_tokenizer(folder, tags=[">>deu<<", ">>fra<<", ">>spa<<"])
-
-
-# -- Networks --------------------------------------------------------------------------------------
-
-
-def t5_network(tokenizer, **options):
-    options = {
-        **T5_SIZE,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "decoder_start_token_id": 0,
-        **options,
-    }
-    return transformers.T5ForConditionalGeneration(
-        transformers.T5Config(vocab_size=len(tokenizer) + 12, **options)
-    )
-
-
-def t5_v1_1_network(tokenizer):
-    return t5_network(tokenizer, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
-
-
-def mt5_network(tokenizer):
-    options = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
-    return transformers.MT5ForConditionalGeneration(
-        transformers.MT5Config(vocab_size=len(tokenizer) + 12, **T5_SIZE, **options)
-    )
-
-
-def madlad_network(tokenizer):
-    numbers = {"pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
-    gated = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
-    return t5_network(tokenizer, **numbers, **gated)
-
-
-def bart_network(tokenizer):
-    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    numbers = {"bos_token_id": start, "eos_token_id": end, "decoder_start_token_id": end}
-    config = transformers.BartConfig(
-        vocab_size=len(tokenizer), **BART_SIZE, **numbers, pad_token_id=tokenizer.pad_token_id
-    )
-    network = transformers.BartForConditionalGeneration(config)
-    network.generation_config.forced_bos_token_id = start
-    network.generation_config.forced_eos_token_id = end
-    return network
-
-
-def mbart_network(tokenizer):
-    return transformers.MBartForConditionalGeneration(
-        transformers.MBartConfig(vocab_size=len(tokenizer), **BART_SIZE)
-    )
-
-
-def mbart50_network(tokenizer):
-    return transformers.MBartForConditionalGeneration(
-        transformers.MBartConfig(vocab_size=len(tokenizer), **BART_SIZE, decoder_start_token_id=2)
-    )
-
-
-def m2m100_network(tokenizer):
-    return transformers.M2M100ForConditionalGeneration(
-        transformers.M2M100Config(
-            vocab_size=len(tokenizer) + 8,
-            **BART_SIZE,
-            encoder_layerdrop=0.0,
-            decoder_layerdrop=0.0,
-        )
-    )
-
-
-def pegasus_network(tokenizer):
-    return transformers.PegasusForConditionalGeneration(
-        transformers.PegasusConfig(vocab_size=len(tokenizer), **BART_SIZE)
-    )
-
-
-def marian_network(tokenizer):
-    pad = tokenizer.pad_token_id
-    numbers = {"eos_token_id": 0, "bos_token_id": 0, "pad_token_id": pad}
-    config = transformers.MarianConfig(
-        vocab_size=len(tokenizer), **BART_SIZE, **numbers, decoder_start_token_id=pad
-    )
-    network = transformers.MarianMTModel(config)
-    network.generation_config.forced_eos_token_id = 0
-    network.generation_config.bad_words_ids = [[pad]]
-    return network
-
-
-# -- The families ----------------------------------------------------------------------------------
-
 TASKS = {
     "fr": "translate English to French: ",
     "de": "translate English to German: ",
 }
-NO_LANGUAGE: dict = {"fr": ("", {})}
 
 
-def by_task(code):
-    return TASKS[code], {"target_language": code}
+def texts():
+    """Return what every vocabulary is trained on."""
+    found = [*SOURCES, *TARGETS["fr"], *TARGETS["de"]]
+    return [*found, *map(str.swapcase, found), "0 1 2 3 4 5 6 7 8 9 < > / _ : ( ) translate to"]
 
 
-def by_tag(code, tag):
-    return f"{tag} ", {"target_language": code}
+def languages_of(name):
+    """Return {language: (what goes before each source, the settings that choose it)}."""
+    if name == "T5":
+        return {code: (prefix, {"target_language": code}) for code, prefix in TASKS.items()}
+    family = families.FAMILIES[name]
+    found = {}
+    for code, (source, target) in family.languages.items():
+        prefix = f"{family.tag.format(target)} " if family.tag else ""
+        settings = {"source_language": source, "target_language": target}
+        found[code] = prefix, {key: value for key, value in settings.items() if value}
+    return found
 
 
-def by_codes(source, target):
-    return "", {"source_language": source, "target_language": target}
-
-
-# {name: (tokenizer, network, how it is told a language: {language: (prefix, settings)})}
-FAMILIES = {
-    "T5": (t5_tokenizer, t5_network, {code: by_task(code) for code in TASKS}),
-    "T5 1.1": (t5_tokenizer, t5_v1_1_network, NO_LANGUAGE),
-    "mT5": (mt5_tokenizer, mt5_network, NO_LANGUAGE),
-    "MADLAD-400": (
-        madlad_tokenizer,
-        madlad_network,
-        {code: by_tag(code, f"<2{code}>") for code in TASKS},
-    ),
-    "BART": (bart_tokenizer, bart_network, NO_LANGUAGE),
-    "mBART": (
-        mbart_tokenizer,
-        mbart_network,
-        {"fr": by_codes("en_XX", "fr_XX"), "de": by_codes("en_XX", "de_DE")},
-    ),
-    "mBART-50": (
-        mbart50_tokenizer,
-        mbart50_network,
-        {"fr": by_codes("en_XX", "fr_XX"), "de": by_codes("en_XX", "de_DE")},
-    ),
-    "Marian": (marian_tokenizer, marian_network, NO_LANGUAGE),
-    "Marian, several targets": (
-        marian_tags_tokenizer,
-        marian_network,
-        {"fr": by_tag("fra", ">>fra<<"), "de": by_tag("deu", ">>deu<<")},
-    ),
-    "M2M100": (
-        m2m100_tokenizer,
-        m2m100_network,
-        {"fr": by_codes("en", "fr"), "de": by_codes("en", "de")},
-    ),
-    "NLLB": (
-        nllb_tokenizer,
-        m2m100_network,
-        {"fr": by_codes("eng_Latn", "fra_Latn"), "de": by_codes("eng_Latn", "deu_Latn")},
-    ),
-    "PEGASUS": (pegasus_tokenizer, pegasus_network, NO_LANGUAGE),
-}
+LANGUAGES = {name: languages_of(name) for name in families.FAMILIES}
 WITH_CODES = ("mBART", "mBART-50", "M2M100", "NLLB")
 WITH_TAGS = ("MADLAD-400", "Marian, several targets")
 WITHOUT_LIMIT = ("T5", "T5 1.1", "mT5", "MADLAD-400")
@@ -334,13 +105,13 @@ def loss_of(network, batch):
 
 
 def make_family(name, folder):
-    make_tokenizer, make_network, languages = FAMILIES[name]
+    family = families.FAMILIES[name]
     folder.mkdir()
-    make_tokenizer(folder)
+    family.write_vocabulary(folder, texts(), texts())
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    transformers.set_seed(0)
-    network = make_network(tokenizer)
-    train(network, lessons(tokenizer, languages))
+    limit = {} if name in WITHOUT_LIMIT else {"max_position_embeddings": 64}
+    network = families.new_network(name, tokenizer, **limit)
+    train(network, lessons(tokenizer, LANGUAGES[name]))
     if name == "T5":
         network.config.task_specific_params = {
             f"translation_en_to_{code}": {"prefix": prefix} for code, prefix in TASKS.items()
@@ -373,7 +144,7 @@ def load(folder, **settings):
 
 def load_first(folders, name, **settings):
     """Return the model of a family in the first of its languages."""
-    _, own = next(iter(FAMILIES[name][2].values()))
+    _, own = next(iter(LANGUAGES[name].values()))
     return load(folders[name], **own, **settings)
 
 
@@ -400,10 +171,10 @@ def change(file, **values):
 # -- What every family does ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", LANGUAGES)
 @pytest.mark.parametrize("beams", [1, 4])
 def test_a_batch_answers_like_single_texts_in_each_language(folders, name, beams):
-    for code, (_, settings) in FAMILIES[name][2].items():
+    for code, (_, settings) in LANGUAGES[name].items():
         model = load(folders[name], num_beams=beams, max_new_tokens=24, **settings)
         answer = ask(model, SOURCES)
         assert answer.translation == TARGETS[code]
@@ -415,7 +186,7 @@ def test_a_batch_answers_like_single_texts_in_each_language(folders, name, beams
         assert together.cut_sentences == sum(answer.cut_sentences for answer in alone)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", LANGUAGES)
 @pytest.mark.parametrize("beams", [1, 4])
 def test_a_cut_translation_is_reported(folders, name, beams):
     model = load_first(folders, name, max_new_tokens=2, num_beams=beams)
@@ -423,7 +194,7 @@ def test_a_cut_translation_is_reported(folders, name, beams):
     assert ask(model, SOURCES[0]).cut_sentences == 1
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", LANGUAGES)
 def test_text_never_becomes_a_special_token(folders, name):
     model = load_first(folders, name)
     tokenizer = model.tokenizer
@@ -440,9 +211,9 @@ def test_text_never_becomes_a_special_token(folders, name):
             assert special.isdisjoint(tokens[begin : len(tokens) - end]), text
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", LANGUAGES)
 def test_special_tokens_of_a_prefix_stay_special(folders, name):
-    _, settings = next(iter(FAMILIES[name][2].values()))
+    _, settings = next(iter(LANGUAGES[name].values()))
     mark = load(folders[name], **settings).tokenizer.eos_token
     model = load(folders[name], **settings, prefix=f"{mark} tea: ")
     plain = load(folders[name], **settings, prefix="tea: ")
@@ -452,10 +223,10 @@ def test_special_tokens_of_a_prefix_stay_special(folders, name):
     assert tokens[len(model.begin) :][-4:] == plain.encode("milk")[-4:]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", LANGUAGES)
 def test_limits_are_within_the_positions(folders, name, tmp_path):
     folder = shutil.copytree(folders[name], tmp_path / "model")
-    _, settings = next(iter(FAMILIES[name][2].values()))
+    _, settings = next(iter(LANGUAGES[name].values()))
     text = "I like tea and milk and " * 150 + "tea"
     if name not in WITHOUT_LIMIT:
         for key in ("max_sentence_tokens", "max_new_tokens"):
@@ -510,6 +281,7 @@ LEAKED = {
 def test_settings_meant_for_other_programs_change_no_answer(case, folders, tmp_path):
     name, values = LEAKED[case]
     folder = shutil.copytree(folders["BART"], tmp_path / "model")
+    load(folder).tokenizer.save_pretrained(folder)  # tokenizer.json too
     change(folder / name, **values)
     plain, model = load(folders["BART"]), load(folder)
     texts = [*SOURCES, "I like tea and milk and " * 3, *SOURCES]  # much to pad
@@ -536,7 +308,7 @@ def test_each_of_several_end_tokens_ends_a_translation(beams, folders, tmp_path)
 
 @pytest.mark.parametrize("name", [*WITH_CODES, *WITH_TAGS])
 def test_a_language_that_is_missing_or_unknown_is_told_in_one_line(folders, name):
-    languages = [settings for _, settings in FAMILIES[name][2].values()]
+    languages = [settings for _, settings in LANGUAGES[name].values()]
     for key in languages[0]:
         settings = dict(languages[0])
         settings[key] = "fr_FR"
@@ -551,7 +323,7 @@ def test_a_language_that_is_missing_or_unknown_is_told_in_one_line(folders, name
 @pytest.mark.parametrize("name", [*WITH_CODES, *WITH_TAGS])
 def test_languages_that_training_recorded_need_no_setting(folders, name, tmp_path):
     folder = shutil.copytree(folders[name], tmp_path / "model")
-    (prefix, french), (_, german) = FAMILIES[name][2].values()
+    (prefix, french), (_, german) = LANGUAGES[name].values()
     if name in WITH_TAGS:
         tasks = {"translation_en_to_fr": {"prefix": prefix}}
         change(folder / "config.json", task_specific_params=tasks)
@@ -596,7 +368,7 @@ for folder, settings in json.loads(sys.argv[1]).items():
 
 def test_no_family_writes_a_line_into_the_log(folders):
     asked = {}
-    for name, (_, _, languages) in FAMILIES.items():
+    for name, languages in LANGUAGES.items():
         _, settings = next(iter(languages.values()))
         asked[str(folders[name])] = {**settings, "max_new_tokens": 8}
     done = subprocess.run(
@@ -623,12 +395,13 @@ def test_what_cannot_work_is_refused_in_one_line(folders, tmp_path):
     ):
         folder = shutil.copytree(folders[name], tmp_path / name)
         (folder / file).unlink()
-        _, settings = next(iter(FAMILIES[name][2].values()))
+        _, settings = next(iter(LANGUAGES[name].values()))
         assert message in refused(folder, **settings)
 
     folder = shutil.copytree(folders["mT5"], tmp_path / "mT5")
     marks = [f"<{number}>" for number in range(100)]
-    train_pieces(folder / "spiece.model", **T5_PIECES, user_defined_symbols=marks, vocab_size=300)
+    options = {**families.T5_PIECES, "user_defined_symbols": marks}
+    families.train_pieces(folder / "spiece.model", texts(), vocab_size=500, **options)
     assert "tokens, of which the model knows" in refused(folder)
 
     folder = shutil.copytree(folders["BART"], tmp_path / "weights")
@@ -644,7 +417,7 @@ def test_what_cannot_work_is_refused_in_one_line(folders, tmp_path):
 @pytest.mark.parametrize("name", ["Marian", "M2M100", "T5", "NLLB"])
 def test_a_missing_package_is_named(folders, name, tmp_path):
     """Without sentencepiece, as if it were not installed."""
-    _, settings = next(iter(FAMILIES[name][2].values()))
+    _, settings = next(iter(LANGUAGES[name].values()))
     asked = json.dumps({str(folders[name]): settings})
     done = subprocess.run(
         [sys.executable, "-c", ASK_ALL, asked],
@@ -686,7 +459,7 @@ MARKS = ("<!-- families: begin -->\n", "<!-- families: end -->")
 def table(folders):
     """Return the table of the page as lines of Markdown."""
     rows = ["| family | tokenizer | how it is told the languages | a limit |", "|---|---|---|---|"]
-    for name, (_, _, languages) in FAMILIES.items():
+    for name, languages in LANGUAGES.items():
         prefix, settings = next(iter(languages.values()))
         model = load(folders[name], **settings)
         told = "one task: nothing to set"
