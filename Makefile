@@ -59,13 +59,14 @@ demo: setup ## train, export, serve and ask the translator; at a terminal the se
 test: setup ## run the tests of all that a user's copy depends on, in minutes
 	@$(BIN)/python -m pytest -m "not slow"
 
-test-all: setup ## run every test, three quarters of an hour
+test-all: setup ## run every test, more than half an hour
 	@$(BIN)/python -m pytest
 
 bench: setup $(PEERS) ## compare the server with its peers, an hour; make bench BENCH="--rounds 1 --seconds 5"
 	@export PYTHONPATH=templates:tests
 	$(BIN)/python bench/bench.py $(BENCH)
 	$(BIN)/python bench/scale.py
+	! docker version > /dev/null 2>&1 || $(BIN)/python bench/replicas.py
 
 faults: setup ## cause failures under load and count what is lost, three hours; make faults FAULTS="--times 3 --seconds 60"
 	@PYTHONPATH=templates:tests $(BIN)/python -m reliability $(FAULTS)

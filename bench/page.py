@@ -1,6 +1,7 @@
 """Write what bench.py has measured into docs/benchmark.md, and draw it: docs/benchmark.svg."""
 
 import json
+import math
 from pathlib import Path
 
 import matplotlib
@@ -25,6 +26,7 @@ DRAWN = ("template", "litserve", "bentoml", "fastapi", "ray-docs")  # all in flo
 LISTS = 4  # of 900 texts, beside single ones
 BESIDE_LISTS = f"{LISTS} lists"
 LOADED = "80 % load"
+CLIENTS_EACH = 8  # of bench/replicas.py, for each replica
 
 
 def limit_of(server):
@@ -116,6 +118,38 @@ def waits(results):
     return table(heads, rows)
 
 
+def growth(results):
+    """Return the table of bench/replicas.py, and what follows from it for 1,000 requests/s."""
+    measured = results.content.get("replicas")
+    if not measured:
+        return "Not measured in this run: `bench/replicas.py` needs Docker."
+    rows = []
+    for found in measured["results"]:
+        count = found["replicas"]
+        rate = found["requests_per_s"]
+        cost = [f"{found[f'{part}_ms']:.1f}" for part in ("replica", "proxy", "other")]
+        rows.append([count, f"{rate:.1f}", f"{rate / count:.1f}", *cost, found["MB"]])
+    heads = ["replicas", "requests/s", "for each", "CPU ms: replica", "proxy", "other"]
+    lines = [
+        f"Each node has {measured['cpus']} CPUs, {CLIENTS_EACH} clients, a proxy and one replica:",
+        table([*heads, "MB a replica"], rows),
+        projection(results, measured["results"][-1]["proxy_ms"]),
+    ]
+    return "\n\n".join(lines)
+
+
+def projection(results, proxy_ms):
+    """Return what 1,000 requests/s of the model of this page would take, on paper."""
+    rate = results.rate("template", 32)
+    return (
+        f"For 1,000 requests/s of the model of this page, on paper: {math.ceil(1000 / rate)} "
+        f"replicas like the one above ({rate:.1f} requests/s each, in float32), whose proxies take "
+        f"{proxy_ms:.1f} CPUs of all nodes together. A proxy is one process, so it serves at most "
+        f"{1000 / proxy_ms:.0f} requests/s: with `proxy_location: HeadOnly`, that breaks first. "
+        "With a proxy on every node, as configured, each has to serve only what its node gets."
+    )
+
+
 def how(results):
     content = results.content
     rounds = f"the median of {content['rounds']} rounds of {content['seconds']:g} s"
@@ -128,6 +162,7 @@ TABLES = {  # {name in page.md: what makes it}
     "limit": parts_of_limit,
     "peers": against_peers,
     "waits": waits,
+    "growth": growth,
 }
 
 
@@ -153,10 +188,15 @@ def draw(results):
     pyplot.close(figure)
 
 
+def text_of(results):
+    """Return the text of the page."""
+    tables = {name: make(results) for name, make in TABLES.items()}
+    return EMPTY.read_text("utf-8").format(**tables)
+
+
 def main():
     results = Results(json.loads(RESULTS.read_text("utf-8")))
-    tables = {name: make(results) for name, make in TABLES.items()}
-    text = EMPTY.read_text("utf-8").format(**tables)
+    text = text_of(results)
     PAGE.write_text(text, "utf-8")
     draw(results)
     print(text)

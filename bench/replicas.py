@@ -1,0 +1,114 @@
+"""Measure how the requests/s grow with replicas, on nodes with as many CPUs each; needs Docker.
+
+    PYTHONPATH=templates:tests python bench/replicas.py
+
+The nodes are containers of the image, started as KubeRay does: a head, and workers with a proxy and
+one replica each, which get a share of a CPU. The model is tiny, so that all other costs show. The
+figures are added to results.json and to docs/benchmark.md.
+"""
+
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import page
+import yaml
+from helpers.clusters import ContainerCluster
+from helpers.images import FILES, LABEL, build
+from helpers.load import Load
+from helpers.remote import pods
+from helpers.repository import TEMPLATES
+from tiny_translator import PAIRS, make_model
+
+IMAGE = "template_rayserve_image:bench"
+COUNTS = (1, 2, 4)
+CPUS = 0.35  # of a worker: four of them leave something to the head and to the clients
+WARM_UP, SECONDS = 10, 30
+# The CPU seconds and the memory of a worker's processes.
+USED = """
+import json, psutil
+found = {"proxy": 0, "replica": 0, "other": 0, "MB": 0}
+for process in psutil.process_iter():
+    name = " ".join(process.cmdline())
+    kind = "proxy" if "ProxyActor" in name else "replica" if "ServeReplica" in name else "other"
+    found[kind] += sum(process.cpu_times()[:2])
+    if kind == "replica":
+        found["MB"] += process.memory_info().rss / 1e6
+print(json.dumps(found))
+"""
+
+
+def write_config(file, replicas):
+    """Write the shipped config for so many replicas, one on a node."""
+    content = yaml.safe_load((TEMPLATES / "serve_config.yaml").read_text("utf-8"))
+    deployment = content["applications"][0]["deployments"][0]
+    del deployment["autoscaling_config"]
+    deployment["num_replicas"] = replicas
+    file.write_text(yaml.safe_dump(content))
+
+
+def used(cluster):
+    """Return what all workers have used so far, {"proxy": CPU seconds, ..., "MB": memory}."""
+    total = {}
+    for worker in cluster.workers.values():
+        done = pods.docker("exec", worker, "python", "-c", USED)
+        for name, value in json.loads(done.stdout.splitlines()[-1]).items():
+            total[name] = total.get(name, 0) + value
+    return total
+
+
+def measure(folder, replicas):
+    """Return the figures of a cluster with so many workers."""
+    config = folder / f"{replicas}.yaml"
+    write_config(config, replicas)
+    cluster = ContainerCluster(IMAGE, config, replicas)
+    try:
+        cluster.deploy()
+        for worker in cluster.workers.values():
+            pods.docker("update", f"--cpus={CPUS}", worker)
+        with Load(*cluster.workers, clients=page.CLIENTS_EACH * replicas) as load:
+            time.sleep(WARM_UP)
+            before, begin, first = used(cluster), time.monotonic(), len(load.answers)
+            time.sleep(SECONDS)
+            requests, took = len(load.answers) - first, time.monotonic() - begin
+            after = used(cluster)
+        assert not load.lost() and not load.wrong()
+    finally:
+        cluster.end()
+    cost = {
+        f"{part}_ms": round(1000 * (after[part] - before[part]) / requests, 2)
+        for part in ("proxy", "replica", "other")
+    }
+    return {
+        "replicas": replicas,
+        "requests_per_s": round(requests / took, 1),
+        **cost,
+        "MB": round(after["MB"] / replicas),
+    }
+
+
+def main():
+    folder = Path(tempfile.mkdtemp(prefix="replicas."))
+    found = []
+    try:
+        for name in FILES:
+            shutil.copy(TEMPLATES / name, folder)
+        make_model(folder / "model", PAIRS)
+        build(folder, IMAGE)
+        for replicas in COUNTS:
+            found.append(measure(folder, replicas))
+            print(json.dumps(found[-1]), flush=True)
+    finally:
+        pods.remove(LABEL)
+        pods.docker("image", "rm", IMAGE)
+        shutil.rmtree(folder, ignore_errors=True)
+    content = json.loads(page.RESULTS.read_text("utf-8"))
+    content["replicas"] = {"cpus": CPUS, "results": found}
+    page.RESULTS.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    page.main()
+
+
+if __name__ == "__main__":
+    main()
