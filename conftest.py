@@ -1,20 +1,38 @@
 """What every test run of this repository shares."""
 
 import os
+import shutil
+import tempfile
 
 import pytest
 
-# Groups that take minutes, the longest first.
+# Groups of tests that take minutes, the longest first. Those of one group run one after the other.
 LONG = (
-    "ray",
     "docker",
+    "port 8000",
+    "ray",
+    "docker, flow",
     "test_recipes_text.py",
     "test_recipes_classifier.py",
-    "test_recipes_tabular.py",
-    "test_real_pairs.py",
     "test_tracking.py",
+    "test_recipes_tabular.py",
+    "test_flow_mechanics.py",
+    "test_template_flow.py",
+    "test_environments.py",
 )
-RAY = ("test_template_ray_serve.py", "test_serve_mechanics.py")
+RAY = (  # several at once would wait for each other, and count what is lost by that
+    "test_template_ray_serve.py",
+    "test_serve_mechanics.py",
+    "test_serve_clients.py",
+    "test_serve_deploy.py",
+    "test_serve_hostile.py",
+    "test_serve_load.py",
+    "test_serve_nodes.py",
+    "test_check_serve_config.py",
+    "test_tokens.py",
+    "test_pages.py",
+    "test_reliability.py",
+)
 
 
 def rank(item):
@@ -24,7 +42,7 @@ def rank(item):
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Keep the tests of one file, and all that start Ray, on one worker; start with the longest."""
+    """Keep the tests of a file, and most that start Ray, on one worker; the longest come first."""
     for item in items:
         if not item.get_closest_marker("xdist_group"):
             name = item.path.name
@@ -32,9 +50,21 @@ def pytest_collection_modifyitems(items):
     items.sort(key=rank)
 
 
-def pytest_configure():
-    # Two workers that each start a team of threads per core would only wait for each other.
+def pytest_configure(config):
+    # Workers that each start a team of threads per core would only wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if not hasattr(config, "workerinput"):  # workers of xdist inherit it
+        use_own_temporary_folder(config)
+
+
+def use_own_temporary_folder(config):
+    """Remove at the end what Metaflow, W&B and Ray leave behind; keep the folders of pytest."""
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    folder = tempfile.mkdtemp(prefix="tests-")
+    os.chmod(folder, 0o1777)  # noqa: S103 - for tests that become another user
+    os.environ["TMPDIR"] = folder
+    tempfile.tempdir = None  # read the variable again
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 @pytest.hookimpl(wrapper=True)

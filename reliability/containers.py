@@ -5,7 +5,7 @@ import time
 
 from helpers.app import make_app, with_code_in_call
 from helpers.clusters import ContainerCluster
-from helpers.images import FILES, Container, build
+from helpers.images import APP, FILES, Container, build
 from helpers.remote import pods
 from helpers.repository import TEMPLATES
 
@@ -64,9 +64,7 @@ def container_faults(folder, names, times):
         shutil.copy(TEMPLATES / name, folder)
     build(folder, IMAGE)
     (folder / "greedy.py").write_text(with_code_in_call(GREEDY), "utf-8")
-    mount = (
-        f"--mount=type=bind,source={folder / 'greedy.py'},target=/serve_app/template_ray_serve.py"
-    )
+    mount = f"--mount=type=bind,source={folder / 'greedy.py'},target={APP}"
     for name in wanted:
         results, options = [], [mount] if name == "out of memory" else []
         with Container("--memory=3g", "--memory-swap=3g", *options, image=IMAGE) as running:

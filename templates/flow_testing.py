@@ -1,5 +1,5 @@
 # flow_testing.py, version 0.1.0
-"""Run template_flow.py for its tests: as a command, in a temporary folder.
+"""What the tests of the flow share: runs as a command in a temporary folder, and a toy task.
 
 code, output = run(folder, "--epochs", "2")
 scores = artifacts(folder, "evaluate")["scores"]
@@ -108,3 +108,108 @@ def assert_fails_in_one_line(code, output, expected):
     assert code != 0, output
     assert expected in output, output
     assert "Traceback" not in output, output
+
+
+# -- A toy in place of your work -------------------------------------------------------------------
+
+BEGIN = "# YOUR CODE: begin\n"
+END = "# YOUR CODE: end\n"
+
+# The toy learns numbers by heart, a tenth of them in each of ten steps.
+TOY = """
+import json
+import os
+import signal
+from pathlib import Path
+
+
+class UserError(Exception):
+    pass
+
+
+def read(settings):
+    if os.environ.get("TOY_MISTAKE") == "read":
+        raise UserError("the toy cannot read this")
+    return [(f"number {number}", number) for number in range(200)]
+
+
+def key(example):
+    return example[0]
+
+
+def new_model(examples, settings):
+    if os.environ.get("TOY_MISTAKE") == "new_model":
+        raise UserError("the toy has no such base")
+    return {"step": 0, "numbers": {}, "losses": []}
+
+
+def fit(model, examples, settings, folder, save_checkpoint, log):
+    checkpoints = sorted(Path(folder).glob("checkpoint-*.json"))
+    if checkpoints:
+        model.update(json.loads(checkpoints[-1].read_text()))
+    while model["step"] < 10:
+        if not checkpoints and str(model["step"]) == os.environ.get("TOY_DIES_AFTER"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if str(model["step"]) == os.environ.get("TOY_DIES_AT"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        model["numbers"].update(examples[model["step"] :: 10])
+        model["step"] += 1
+        loss = 1 - len(model["numbers"]) / len(examples)
+        model["losses"].append({"step": model["step"], "loss": loss})
+        Path(folder, f"checkpoint-{model['step']:02}.json").write_text(json.dumps(model))
+        save_checkpoint()
+        log({"loss": loss})
+        print("toy step", model["step"])
+    return model["losses"]
+
+
+def save(model, folder):
+    Path(folder, "toy.json").write_text(json.dumps(model))
+    Path(folder, "parts").mkdir()
+    Path(folder, "parts/bytes.bin").write_bytes(bytes(range(256)))
+    Path(folder, "empty").touch()
+
+
+def load(folder):
+    assert Path(folder, "parts/bytes.bin").read_bytes() == bytes(range(256))
+    assert Path(folder, "empty").read_bytes() == b""
+    return json.loads(Path(folder, "toy.json").read_text())
+
+
+def predict(model, examples):
+    return [model["numbers"].get(text, -1) for text, _ in examples]
+
+
+def score(examples, outputs):
+    scores = {
+        METRIC: float(os.environ.get("TOY_SCORE", MINIMUM + 1)),
+        "baseline_" + METRIC: MINIMUM + 0.5,
+    }
+    return scores, {"Toy samples": [("text", "output"), *zip(dict(examples), outputs)]}
+
+
+def known_answers(examples, outputs):
+    return [({"text": text}, {"number": number}) for text, number in examples[:2]]
+
+"""
+
+
+def cut(text):
+    """Return the flow up to your section, your section, and the flow after it."""
+    before, _, rest = text.partition(BEGIN)
+    section, _, after = rest.partition(END)
+    return before, section, after
+
+
+def with_toy(text):
+    """Return the text of the flow with the toy task in place of yours."""
+    before, _, after = cut(text)
+    # The toy runs without your parameters.
+    before = before.replace("required=True", "required=False")
+    return before + BEGIN + TOY + END + after
+
+
+def toy_steps(output):
+    """Return the numbers of the training steps that were done, in order."""
+    numbers = re.findall(r"toy step (\d+)", output)
+    return [int(number) for number in numbers]

@@ -48,7 +48,7 @@ PYPI = '    @pypi(python="3.11", packages=requirements.packages)\n'
 OWN_GPUS = {NVIDIA: ""}
 EVALUATE = """    # Larger models: raise memory and disk, both in MB.
     @kubernetes(image=IMAGE, cpu=2"""
-docker_test = pytest.mark.xdist_group("docker")
+docker_test = pytest.mark.xdist_group("docker, flow")
 
 
 def edited(folder, changes):

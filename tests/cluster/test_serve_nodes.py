@@ -7,7 +7,7 @@ from helpers.app import make_app
 from helpers.load import Load
 from helpers.nodes import lose_node, replicas, three_nodes
 
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_replicas_are_spread_and_all_take_part(server):
 
 
 def test_a_lost_node_costs_no_more_than_what_it_was_working_on(server):
-    with Load(server.port) as load:
+    with Load(server.port, pause=0.05) as load:
         time.sleep(1)
         at = time.monotonic()
         lose_node(server)

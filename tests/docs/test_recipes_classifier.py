@@ -133,7 +133,10 @@ def test_serves_as_configured(followed):
 
 @pytest.mark.slow
 def test_mechanics_of_the_flow_pass_unedited(followed):
-    recipes.run_copied_test(followed, "test_flow_mechanics.py")
+    # Those of interrupted runs and of W&B use nothing of the recipe but its parameters.
+    same = "resume or retry or older or wandb or tracking"
+    wanted = f"not ({same}) or older_than_a_parameter"
+    recipes.run_copied_test(followed, f"test_flow_mechanics.py -k '{wanted}'")
 
 
 @pytest.mark.slow

@@ -10,8 +10,7 @@ from types import SimpleNamespace
 import pytest
 import sentencepiece
 import transformers
-from helpers import recipes
-from helpers.families import train_pieces
+from helpers import families, recipes
 from serve_testing import Server
 
 PAIR = "Translate another language pair"
@@ -97,8 +96,8 @@ def make_marian(folder):
     """Write a Marian as the hub has them: shared vocabulary, two sentencepiece models."""
     folder.mkdir(parents=True)
     sources, targets = zip(*german_pairs())
-    found = train_pieces(folder / "source.spm", sources, 150)
-    found += train_pieces(folder / "target.spm", targets, 150)
+    found = families.train_pieces(folder / "source.spm", sources, 150)
+    found += families.train_pieces(folder / "target.spm", targets, 150)
     pieces = sorted(set(found) - {"<unk>", "<s>", "</s>"})
     vocabulary = ["</s>", "<unk>", *pieces, "<pad>"]
     pad = len(vocabulary) - 1
@@ -139,25 +138,7 @@ def make_marian(folder):
 def make_mt5(folder):
     """Write an mT5 as the hub has it: a sentencepiece model, and more embeddings than pieces."""
     folder.mkdir(parents=True)
-    texts = [text for pair in german_pairs() for text in pair]
-    special = {"pad_piece": "<pad>", "eos_piece": "</s>", "unk_piece": "<unk>"}
-    numbers = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
-    pieces = train_pieces(folder / "spiece.model", texts, 250, **special, **numbers)
-    tokenizer = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "eos_token": "</s>"}
-    tokenizer |= {"unk_token": "<unk>", "pad_token": "<pad>", "additional_special_tokens": None}
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    transformers.set_seed(0)
-    config = transformers.MT5Config(
-        vocab_size=len(pieces) + 12,
-        d_model=64,
-        d_kv=16,
-        d_ff=256,
-        num_layers=2,
-        num_heads=4,
-        dropout_rate=0.0,
-        decoder_start_token_id=0,
-    )
-    transformers.MT5ForConditionalGeneration(config).save_pretrained(folder)
+    families.make("mT5", folder, german_pairs(), d_ff=256)
 
 
 # -- Help ------------------------------------------------------------------------------------------
@@ -400,8 +381,3 @@ def test_wrong_data_for_a_summariser_ends_in_one_line(tmp_path):
     write_tsv(folder / "pairs.tsv", ("source", "target"), [("a", "b")])
     message = "pairs.tsv line 1: the header of the TSV has to be text<TAB>summary"
     recipes.fails_in_one_line(folder, "--data pairs.tsv", message)
-
-
-@pytest.mark.slow
-def test_summariser_that_was_killed_resumes_to_the_same_model(summariser):
-    resumed_is_the_same(summariser, "--data texts.tsv --epochs 8")

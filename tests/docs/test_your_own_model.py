@@ -61,7 +61,6 @@ def test_work_names_nothing_of_the_mechanics(module):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 def test_rename_then_run_everything(tmp_path):
     folder = copy(tmp_path)
     environment = {**clean(folder), "METAFLOW_USER": "test", "RAY_TMPDIR": "/tmp"}

@@ -29,7 +29,8 @@ def with_code_in_call(code):
     app = (TEMPLATES / "template_ray_serve.py").read_text("utf-8")
     names = {node.name: node for node in ast.parse(app).body if isinstance(node, ast.ClassDef)}
     (call,) = [node for node in names["Model"].body if getattr(node, "name", "") == "__call__"]
-    _, first, *_ = call.body  # behind the docstring
+    _, *statements = call.body  # behind the docstring, and behind imports
+    first = next(each for each in statements if not isinstance(each, ast.Import))
     lines = app.splitlines(keepends=True)
     lines.insert(first.lineno - 1, textwrap.indent(code.strip("\n") + "\n", " " * 8))
     return "".join(lines)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import jinja2
@@ -32,6 +33,7 @@ def run(command, folder, code=0, **more):
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "HOME": str(folder),
         "LANG": "C.UTF-8",
+        "TMPDIR": tempfile.gettempdir(),
         **GIT,
         **more,
     }

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import subprocess
 import time
 
@@ -9,7 +10,8 @@ from helpers.loopback import build_options
 from helpers.remote import pods
 from serve_testing import free_port
 
-IMAGE, LABEL = "template_rayserve_image:test", "template-serve-test=1"
+IMAGE = "template_rayserve_image:test"
+LABEL = f"template-serve-test={os.getpid()}"  # of what this process starts
 FILES = (
     "Dockerfile-rayserve",
     ".dockerignore",
@@ -19,6 +21,7 @@ FILES = (
     "rayserve_entrypoint.py",
     "serve_config.yaml",
 )
+APP = "/serve_app/template_ray_serve.py"  # in the image
 CANARY = "canary-" + "7f3a" * 8
 SMALL = ("--env=OMP_NUM_THREADS=1",)
 RUN = ("serve", "run", "serve_config.yaml")
@@ -58,6 +61,12 @@ def saved(image):
     """Return the bytes of all layers of an image."""
     with subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE) as process:
         return b"".join(iter(lambda: process.stdout.read(1 << 24), b""))
+
+
+def address(container):
+    """Return the address of a container, by which this machine reaches it."""
+    form = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
+    return pods.docker("inspect", container, f"--format={form}").stdout.strip()
 
 
 class Container:

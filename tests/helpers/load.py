@@ -33,10 +33,14 @@ class Answer(NamedTuple):
 
 
 class Load:
-    """`clients` threads that ask the next of `ports`; if `again`, every other one retries."""
+    """`clients` threads that ask the next of `ports`; if `again`, every other one retries.
 
-    def __init__(self, *ports, clients=4, again=False):
+    Each waits `pause` seconds after an answer: without a pause, they keep all CPUs busy.
+    """
+
+    def __init__(self, *ports, clients=4, again=False, pause=0.0):
         self.ports, self.answers, self.over = list(ports), [], threading.Event()
+        self.pause = pause
         self.threads = [
             threading.Thread(target=self.work, args=[again and number % 2 == 1])
             for number in range(clients)
@@ -73,8 +77,7 @@ class Load:
                 self.answers.append(
                     Answer(begin, time.monotonic(), port, again, text, status, translation, right)
                 )
-                if status != 200:
-                    time.sleep(0.1)
+                time.sleep(self.pause if status == 200 else 0.1)
 
     def lost(self):
         return [answer for answer in self.answers if answer.status != 200]

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import functools
 import http.server
+import os
 import re
 import subprocess
 import sys
@@ -30,9 +31,10 @@ def served(handler, address="127.0.0.1", port=0):
 
 
 @contextlib.contextmanager
-def alone(port):
-    """Wait until no test in another process has this port."""
-    with open(Path(tempfile.gettempdir(), f"templates-test-{port}.lock"), "w") as lock:
+def alone(name):
+    """Wait until no test in another process has this port, or whatever else there is one of."""
+    folder = os.environ.get("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # same in every run
+    with open(Path(folder, f"templates-test-{name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

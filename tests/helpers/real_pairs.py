@@ -1,6 +1,6 @@
 """Write real English-French pairs as a training file.
 
-    python tests/helpers/real_pairs.py OUT.tsv [--limit N]
+    python tests/helpers/real_pairs.py OUT.tsv [--limit N] [--longest N]
 
 Source: the French message catalogues of two packages from requirements-dev.txt. Nothing of theirs
 is imported or copied into the repository. Under a header stands one pair a line, as it is in the
@@ -62,9 +62,9 @@ def pairs() -> list[tuple[str, str]]:
     return list(dict.fromkeys(pair for pair in found if all(map(one_line, pair))))
 
 
-def write(path: Path, limit: int | None = None) -> int:
-    """Write the pairs as `--data` takes them; return how many there are."""
-    chosen = pairs()[:limit]
+def write(path: Path, limit: int | None = None, longest: int = 1_000_000) -> int:
+    """Write the pairs as `--data` takes them, up to so many characters; return how many."""
+    chosen = [pair for pair in pairs() if max(map(len, pair)) <= longest][:limit]
     lines = ["source\ttarget", *("\t".join(pair) for pair in chosen)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
     return len(chosen)
@@ -74,8 +74,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write real English-French pairs as a TSV file.")
     parser.add_argument("out", type=Path, metavar="OUT.tsv")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N pairs")
+    parser.add_argument(
+        "--longest", type=int, default=1_000_000, metavar="N", help="characters of a text"
+    )
     args = parser.parse_args()
-    print(write(args.out, args.limit), "pairs")
+    print(write(args.out, args.limit, args.longest), "pairs")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -76,6 +77,7 @@ def clean(folder):
         "HOME": str(folder),
         "USER": "reader",
         "LANG": "C.UTF-8",
+        "TMPDIR": tempfile.gettempdir(),
         "RAY_ADDRESS": "local",
         "OMP_NUM_THREADS": "1",
         "PYTHONFAULTHANDLER": "1",

@@ -12,7 +12,9 @@ import time
 
 import pytest
 import yaml
+from helpers.app import with_code_in_call
 from helpers.clusters import ContainerCluster
+from helpers.images import APP, address
 from helpers.load import Load
 from helpers.prometheus import Prometheus
 from helpers.remote import pods
@@ -36,9 +38,13 @@ def cluster(image, tmp_path_factory):
     scaling |= {"target_ongoing_requests": 2, "upscale_delay_s": 2, "downscale_delay_s": 10}
     scaling["metrics_interval_s"] = 1
     scaling["look_back_period_s"] = 5
-    config = tmp_path_factory.mktemp("scaling") / "new.yaml"
+    folder = tmp_path_factory.mktemp("scaling")
+    config = folder / "new.yaml"
     config.write_text(yaml.safe_dump(content))
-    cluster = ContainerCluster(image, config, workers=4)
+    # A model that takes its time, as a larger one does, and leaves the CPUs to others.
+    (folder / "app.py").write_text(with_code_in_call("time.sleep(0.2)"), "utf-8")
+    mount = f"--mount=type=bind,source={folder / 'app.py'},target={APP},readonly"
+    cluster = ContainerCluster(image, config, 4, mount)
     cluster.config = config
     try:
         yield cluster.deploy(wait=False)
@@ -48,7 +54,7 @@ def cluster(image, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prometheus(cluster):
-    with Prometheus(*[f"{cluster.address(each)}:8080" for each in cluster.ids]) as prometheus:
+    with Prometheus(*[f"{address(each)}:8080" for each in cluster.ids]) as prometheus:
         yield prometheus
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from helpers.app import with_code_in_call
 from helpers.dashboard import draw
-from helpers.images import Container, mounted
+from helpers.images import APP, Container, address, mounted
 from helpers.prometheus import Prometheus, firing
 from helpers.remote import pods
 from helpers.repository import ROOT, TEMPLATES
@@ -46,7 +46,6 @@ for path in glob.glob("/proc/[0-9]*/cmdline"):
     if open(path, "rb").read().startswith(b"ray::ServeReplica"):
         os.kill(int(path.split("/")[2]), 9)
 """
-TARGET = "/serve_app/template_ray_serve.py"
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,7 @@ def running(image, tmp_path_factory):
     # One replica: an update needs a free CPU for the next one.
     one_replica = config.replace("max_replicas: 4", "max_replicas: 1")
     (folder / "serve_config.yaml").write_text(one_replica, "utf-8")
-    mount = f"--mount=type=bind,source={app},target={TARGET}"
+    mount = f"--mount=type=bind,source={app},target={APP}"
     # Docker's own check would be counted as well.
     with Container("--no-healthcheck", mount, *mounted(folder)) as running:
         running.first_answer(lambda: healthy(running))
@@ -67,8 +66,7 @@ def running(image, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prometheus(running):
-    inspected = pods.docker("inspect", running.id, "--format={{.NetworkSettings.IPAddress}}")
-    with Prometheus(f"{inspected.stdout.strip()}:8080") as prometheus:
+    with Prometheus(f"{address(running.id)}:8080") as prometheus:
         yield prometheus
 
 

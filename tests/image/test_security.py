@@ -4,7 +4,7 @@ import json
 import secrets
 
 import pytest
-from helpers.images import LABEL, Container
+from helpers.images import LABEL, Container, address
 from helpers.remote import pods
 from tiny_translator import PAIRS
 
@@ -67,24 +67,18 @@ def running(image, token):
         yield running.wait()
 
 
-@pytest.fixture(scope="module")
-def address(running):
-    inspected = pods.docker("inspect", running.id, "--format={{.NetworkSettings.IPAddress}}")
-    return inspected.stdout.strip()
-
-
 def other(image, *options, code, arguments):
     """What a Python script prints in another container of the same network."""
     options = [f"--label={LABEL}", "--entrypoint=python", *options]
     return pods.docker("run", "--rm", *options, image, "-c", code, *arguments).stdout
 
 
-def test_no_port_lets_another_container_run_anything(image, running, address, token):
+def test_no_port_lets_another_container_run_anything(image, running, token):
     ports, gcs = json.loads(running.inside("python", "-c", LISTENING).stdout)
     reachable = sorted(int(port) for port, outside in ports.items() if outside)
     print(f"{len(ports)} ports, {len(reachable)} of them reachable from the network: {reachable}")
     assert 8000 in reachable and ports["8265"] is False
-    said = other(image, code=INTRUDER, arguments=[address, json.dumps(reachable)])
+    said = other(image, code=INTRUDER, arguments=[address(running.id), json.dumps(reachable)])
     answers = said.split("\n")[:-1]
     statuses = {line.rsplit(" ", 1)[1] for line in answers}
     print(statuses)
@@ -93,7 +87,7 @@ def test_no_port_lets_another_container_run_anything(image, running, address, to
     assert "401" in statuses
     (port,) = {part.rpartition(":")[2] for part in gcs}
     wrong = f"--env=RAY_AUTH_TOKEN={'b' * 32}"
-    said = other(image, wrong, code=DRIVER, arguments=[f"{address}:{port}"])
+    said = other(image, wrong, code=DRIVER, arguments=[f"{address(running.id)}:{port}"])
     assert "connected" not in said and "refused" in said, said
     assert "owned" not in running.inside("ls", "/tmp").stdout
     assert running.ask() == (200, {"translation": PAIRS["Hello world!"]})
@@ -117,7 +111,7 @@ except OSError:
 """
 
 
-def test_nobody_else_reaches_the_dashboard(image, running, address):
+def test_nobody_else_reaches_the_dashboard(image, running):
     """Port 8265 runs code for whoever reaches it: it listens inside only, and wants a token."""
-    assert other(image, code=SUBMIT, arguments=[address]).strip() == "refused"
+    assert other(image, code=SUBMIT, arguments=[address(running.id)]).strip() == "refused"
     assert running.inside("python", "-c", SUBMIT, "127.0.0.1").stdout.strip() in ("401", "403")

@@ -54,7 +54,7 @@ def test_loss_of_a_worker_then_a_new_version_and_back(image, new_image, config):
         assert "success" in pods.docker("exec", first.head, "python", "-c", healthz).stdout
 
         # A node is lost: what Kubernetes sees by its readiness probe, the clients here see at once.
-        with Load(*ports(first)) as load:
+        with Load(*ports(first), pause=0.05) as load:
             time.sleep(3)
             lost, killed = load.ports[1], time.monotonic()
             pods.docker("kill", first.workers[lost])
@@ -76,7 +76,7 @@ def test_loss_of_a_worker_then_a_new_version_and_back(image, new_image, config):
 
         for version, expected in ((new_image, NEW_PAIRS), (image, PAIRS)):  # forward, and back
             old = clusters[-1]
-            with Load(*load.ports) as load:
+            with Load(*load.ports, pause=0.05) as load:
                 clusters.append(ContainerCluster(version, config, workers=2))
                 clusters[-1].deploy()
                 at = time.monotonic()

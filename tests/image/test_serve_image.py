@@ -8,7 +8,18 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import yaml
 from helpers.app import with_code_in_call
-from helpers.images import CANARY, FILES, LABEL, RUN, Container, build, described, mounted, saved
+from helpers.images import (
+    APP,
+    CANARY,
+    FILES,
+    LABEL,
+    RUN,
+    Container,
+    build,
+    described,
+    mounted,
+    saved,
+)
 from helpers.leaks import find
 from helpers.remote import pods
 from tiny_translator import PAIRS
@@ -139,8 +150,7 @@ def test_the_health_check_follows_the_config_and_fails_without_an_answer(image, 
     config["applications"][0]["route_prefix"] = "/other"
     (tmp_path / "serve_config.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "broken.py").write_text(with_code_in_call(BROKEN), "utf-8")
-    target = "/serve_app/template_ray_serve.py"
-    app = f"--mount=type=bind,source={tmp_path / 'broken.py'},target={target}"
+    app = f"--mount=type=bind,source={tmp_path / 'broken.py'},target={APP}"
     described = json.loads(pods.docker("image", "inspect", image).stdout)
     kind, *health = described[0]["Config"]["Healthcheck"]["Test"]
     assert (kind, health) == (
@@ -179,9 +189,7 @@ if Path("/tmp/slow").exists():
 @pytest.mark.slow
 def test_told_to_stop_it_answers_what_has_begun_and_nothing_more(image, project, tmp_path):
     (tmp_path / "slow.py").write_text(with_code_in_call(SLOW), "utf-8")
-    mount = (
-        f"--mount=type=bind,source={tmp_path / 'slow.py'},target=/serve_app/template_ray_serve.py"
-    )
+    mount = f"--mount=type=bind,source={tmp_path / 'slow.py'},target={APP}"
     with Container(mount) as running:
         running.wait()
         running.inside("touch", "/tmp/slow")

@@ -12,11 +12,10 @@ from helpers.remote import pods
 from helpers.repository import ROOT
 from tiny_translator import PAIRS, make_model
 
-README, SHIP = commands(), commands(ROOT / "docs/ship.md")
+README, SHIP, TRAIN = commands(), commands(ROOT / "docs/ship.md"), commands(ROOT / "docs/train.md")
 ASK = README[-2:]  # serve run, curl
 CHECK = ("python check_serve_config.py serve_config.yaml", ["serve_config.yaml: valid"])
-TRAIN = ("python template_flow.py run --offline True --epochs 8", ["Done!"])
-ROWS = {"train": [TRAIN], "serve": [CHECK, *ASK], "image": [CHECK, *SHIP[3:6]], "all": README[1:]}
+ROWS = {"train": TRAIN, "serve": [CHECK, *ASK], "image": [CHECK, *SHIP[3:6]], "all": README[1:]}
 OWN = {
     "pyproject.toml": '[project]\nname = "mine"\nversion = "1"\n'
     '[tool.pytest.ini_options]\ntestpaths = ["tests"]\n'
@@ -46,10 +45,10 @@ def own(folder, files):
 @pytest.mark.parametrize(
     "what",
     [
-        pytest.param("all", marks=pytest.mark.xdist_group("ray")),
+        pytest.param("all", marks=pytest.mark.xdist_group("port 8000")),
         pytest.param("train", marks=[pytest.mark.slow]),
-        pytest.param("serve", marks=[pytest.mark.slow, pytest.mark.xdist_group("ray")]),
-        pytest.param("image", marks=[pytest.mark.slow, pytest.mark.xdist_group("docker")]),
+        pytest.param("serve", marks=[pytest.mark.slow, pytest.mark.xdist_group("port 8000")]),
+        pytest.param("image", marks=[pytest.mark.slow, pytest.mark.xdist_group("port 8000")]),
     ],
 )
 def test_commands_of_a_set(what, tmp_path):

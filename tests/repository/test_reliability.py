@@ -9,8 +9,6 @@ from helpers.repository import ROOT
 from reliability import arrivals, long_run, server
 from reliability.__main__ import NAMES
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 
 @pytest.fixture
 def folder(tmp_path_factory):

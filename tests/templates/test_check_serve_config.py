@@ -12,8 +12,6 @@ from helpers.repository import TEMPLATES
 from serve_testing import Server, built, different
 from tiny_translator import PAIRS, make_model
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

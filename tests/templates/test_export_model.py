@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from flow_testing import FLOW, artifacts, clean_environment, run
+from flow_testing import FLOW, artifacts, clean_environment, run, with_toy
 
 EXPORT = FLOW.with_name("export_model.py")
 
@@ -33,8 +33,13 @@ def export(folder, *arguments, **environment):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
+    """The folder of a run of the flow with a parameter that somebody has added."""
     folder = tmp_path_factory.mktemp("trained")
-    code, output = run(folder, "--epochs", "8")
+    seed = '    seed = Parameter("seed"'
+    mine = '    my_own = Parameter("my-own", type=float, default=2.5)\n'
+    flow = folder / FLOW.name
+    flow.write_text(FLOW.read_text("utf-8").replace(seed, mine + seed), "utf-8")
+    code, output = run(folder, "--epochs", "8", flow=flow)
     assert code == 0, output
     return folder
 
@@ -86,6 +91,7 @@ def test_the_readme_tells_where_the_model_comes_from(folder):
         f"- exact_match: {found['scores']['exact_match']:.2f}",
         f"- baseline_chrf: {found['scores']['baseline_chrf']:.2f}",
         "- epochs: 8\n",
+        "- my_own: 2.5\n",
         "- base_model: ''\n",
         "- minimum: 0.0\n",
         "- offline: True\n",
@@ -97,30 +103,13 @@ def test_the_readme_tells_where_the_model_comes_from(folder):
     assert "requirements" not in readme
 
 
-def changed(folder, changes):
-    """Return the path of a copy of the flow in which `changes`, {old: new}, are made."""
-    text = FLOW.read_text("utf-8")
-    for old, new in changes.items():
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    (folder / FLOW.name).write_text(text, "utf-8")
-    return folder / FLOW.name
-
-
-def test_a_parameter_that_you_add_is_in_the_readme(tmp_path):
-    seed = '    seed = Parameter("seed"'
-    mine = '    my_own = Parameter("my-own", type=float, default=2.5)\n'
-    flow = changed(tmp_path, {seed: mine + seed})
-    code, output = run(tmp_path, "--epochs", "2", flow=flow)
-    assert code == 0, output
-    assert export(tmp_path)[0] == 0
-    assert "- my_own: 2.5\n" in (tmp_path / "model/README.md").read_text("utf-8")
-
-
 def test_a_missing_artifact_is_one_line(tmp_path):
     line = "        self.known_answers = known_answers(examples, outputs)\n"
-    flow = changed(tmp_path, {line: ""})
-    code, output = run(tmp_path, "--epochs", "2", flow=flow)
+    flow = tmp_path / FLOW.name
+    text = with_toy(FLOW.read_text("utf-8"))
+    assert text.count(line) == 1
+    flow.write_text(text.replace(line, ""), "utf-8")
+    code, output = run(tmp_path, flow=flow)
     assert code == 0, output
     code, output = export(tmp_path)
     assert code == 1 and "has no artifact `known_answers`" in output, output
@@ -205,7 +194,10 @@ def test_where_nothing_has_run(tmp_path):
 
 def test_a_failed_run_is_passed_over(folder):
     good = run_id(folder)
-    code, output = run(folder, "--epochs", "1", "--minimum", "100")
+    toy = folder / "toy" / FLOW.name
+    toy.parent.mkdir()
+    toy.write_text(with_toy(FLOW.read_text("utf-8")), "utf-8")
+    code, output = run(folder, "--minimum", "100", flow=toy)
     assert code != 0, output
     code, output = export(folder)
     assert code == 0 and str(good) in output

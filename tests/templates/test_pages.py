@@ -15,10 +15,7 @@ from helpers.browser import CONTROL, SHIFT, Browser
 from helpers.loopback import Files, served
 from serve_testing import APP, Server, write_toy
 
-pytestmark = [
-    pytest.mark.xdist_group("ray"),
-    pytest.mark.skipif(not browser.find(), reason="no chromium"),
-]
+pytestmark = pytest.mark.skipif(not browser.find(), reason="no chromium")
 
 FIELD = "document.querySelector('textarea')"
 ANSWER = "document.querySelector('dl')"

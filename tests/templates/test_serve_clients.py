@@ -17,7 +17,6 @@ import rayserve_entrypoint
 from serve_testing import Server, write_toy
 
 ROUTE = "/v1/toy"
-pytestmark = pytest.mark.xdist_group("ray")
 
 # The toy writes down when a request is planned, and each batch.
 TRACE = """

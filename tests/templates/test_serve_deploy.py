@@ -18,7 +18,7 @@ import yaml
 from helpers.repository import TEMPLATES
 from serve_testing import ROUTE, Server, write_model, write_toy
 
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 CONFIG = "config.yaml"
 PATIENCE = 300  # seconds
 # Of a company, as Docker sets them in each container: this one cannot be reached.

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from serve_testing import Server
 from tiny_translator import PAIRS, make_model
 
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 BODY_TIMEOUT = 3
 
 

@@ -17,7 +17,7 @@ from helpers.repository import TEMPLATES
 from serve_testing import Server
 from tiny_translator import PAIRS, make_model
 
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 # What a model might do: here "wait 2" in a text takes 2 seconds, and BOOM-1 fails.
 CODE = """
@@ -252,7 +252,7 @@ def test_an_update_under_load_loses_no_request(server):
     """The new replica starts beside the old one, which ends when its last request is answered."""
     old = replicas(server)
     job = in_background(server, "wait 3")
-    with Load(server.port, clients=3) as load:
+    with Load(server.port, clients=3, pause=0.05) as load:
         deploy(server, max_queue=7)
     assert job.result()[0] == 200
     print(f"{len(load.answers)} requests during the update")

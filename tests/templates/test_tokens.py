@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from serve_testing import Server, imported, write_toy
 
-pytestmark = pytest.mark.xdist_group("ray")
 ALICE = "alice-7f3a7f3a7f3a7f3a"
 BOB = "bob-90c190c190c190c190c1"
 ROUTE = "/toy"

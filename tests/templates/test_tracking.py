@@ -274,7 +274,7 @@ def waits(output, step):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("failure", FAILURES)
-def test_trouble_with_wandb_is_bounded_and_costs_no_result(failure, bad, record_property):
+def test_trouble_with_wandb_is_bounded_and_costs_no_result(failure, good, bad, record_property):
     run = bad[failure.replace(" ", "_")]
     assert run.code == 0 and "Traceback" not in run.output and "40 characters" not in run.output, (
         run.output
@@ -283,7 +283,8 @@ def test_trouble_with_wandb_is_bounded_and_costs_no_result(failure, bad, record_
     print(failure, found)
     for step, seconds in found.items():
         record_property(f"{failure} {step}", seconds)
-        assert sum(seconds) < 60, (step, seconds)
+        usual = sum(waits(good["online"].output, step))  # on this machine, at this time
+        assert sum(seconds) < 60 + 3 * usual, (step, seconds, usual)
     lines = re.findall(r"W&B cannot be reached, continuing offline: (.*)", run.output)
     assert len(lines) == (
         1 if failure in MID_RUN else 2
