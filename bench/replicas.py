@@ -28,7 +28,8 @@ CPUS = 0.35  # of a worker: four of them leave something to the head and to the 
 WARM_UP, SECONDS = 10, 30
 # The CPU seconds and the memory of a worker's processes.
 USED = """
-import json, psutil
+import json, ray  # whose own copy of psutil can be imported then
+import psutil
 found = {"proxy": 0, "replica": 0, "other": 0, "MB": 0}
 for process in psutil.process_iter():
     name = " ".join(process.cmdline())
