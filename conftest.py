@@ -20,7 +20,7 @@ LONG = (
     "test_template_flow.py",
     "test_environments.py",
 )
-RAY = (  # several at once would wait for each other, and count what is lost by that
+RAY = (  # run one at a time: Ray clusters slow each other down, which would distort the results
     "test_template_ray_serve.py",
     "test_serve_mechanics.py",
     "test_serve_clients.py",

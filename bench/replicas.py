@@ -1,10 +1,10 @@
-"""Measure how the requests/s grow with replicas, on nodes with as many CPUs each; needs Docker.
+"""Measure the throughput of 1, 2 and 4 replicas, each on a node with its own CPU quota.
 
     PYTHONPATH=templates:tests python bench/replicas.py
 
-The nodes are containers of the image, started as KubeRay does: a head, and workers with a proxy and
-one replica each, which get a share of a CPU. The model is tiny, so that all other costs show. The
-figures are added to results.json and to docs/benchmark.md.
+Needs Docker: the nodes are containers of the image, started as KubeRay does, a head and workers
+with a proxy and one replica each. The model is tiny, so that the overhead of serving shows. The
+results are added to results.json and to docs/benchmark.md.
 """
 
 import json
@@ -14,13 +14,12 @@ import time
 from pathlib import Path
 
 import page
-import yaml
+from helpers.app import make_app
 from helpers.clusters import ContainerCluster
 from helpers.images import FILES, LABEL, build
 from helpers.load import Load
 from helpers.remote import pods
 from helpers.repository import TEMPLATES
-from tiny_translator import PAIRS, make_model
 
 IMAGE = "template_rayserve_image:bench"
 COUNTS = (1, 2, 4)
@@ -28,7 +27,7 @@ CPUS = 0.35  # of a worker: four of them leave something to the head and to the 
 WARM_UP, SECONDS = 10, 30
 # The CPU seconds and the memory of a worker's processes.
 USED = """
-import json, ray  # whose own copy of psutil can be imported then
+import json, ray  # first: it makes its own copy of psutil importable
 import psutil
 found = {"proxy": 0, "replica": 0, "other": 0, "MB": 0}
 for process in psutil.process_iter():
@@ -39,15 +38,6 @@ for process in psutil.process_iter():
         found["MB"] += process.memory_info().rss / 1e6
 print(json.dumps(found))
 """
-
-
-def write_config(file, replicas):
-    """Write the shipped config for so many replicas, one on a node."""
-    content = yaml.safe_load((TEMPLATES / "serve_config.yaml").read_text("utf-8"))
-    deployment = content["applications"][0]["deployments"][0]
-    del deployment["autoscaling_config"]
-    deployment["num_replicas"] = replicas
-    file.write_text(yaml.safe_dump(content))
 
 
 def used(cluster):
@@ -62,9 +52,7 @@ def used(cluster):
 
 def measure(folder, replicas):
     """Return the figures of a cluster with so many workers."""
-    config = folder / f"{replicas}.yaml"
-    write_config(config, replicas)
-    cluster = ContainerCluster(IMAGE, config, replicas)
+    cluster = ContainerCluster(IMAGE, make_app(folder, replicas), replicas)
     try:
         cluster.deploy()
         for worker in cluster.workers.values():
@@ -94,9 +82,9 @@ def main():
     folder = Path(tempfile.mkdtemp(prefix="replicas."))
     found = []
     try:
+        make_app(folder)
         for name in FILES:
             shutil.copy(TEMPLATES / name, folder)
-        make_model(folder / "model", PAIRS)
         build(folder, IMAGE)
         for replicas in COUNTS:
             found.append(measure(folder, replicas))

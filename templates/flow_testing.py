@@ -210,6 +210,6 @@ def with_toy(text):
 
 
 def toy_steps(output):
-    """Return the numbers of the training steps that were done, in order."""
+    """Return the numbers of the training steps, in the order in which they ran."""
     numbers = re.findall(r"toy step (\d+)", output)
     return [int(number) for number in numbers]

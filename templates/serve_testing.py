@@ -56,7 +56,7 @@ NOT_PASSED_ON = ("RAY_", "SERVE_", "HF_", "OMP_")  # environment variables of wh
 
 
 def free_port():
-    """Return a port that nobody listens at, below those that the system itself hands out."""
+    """Return a free port, below the range from which the system assigns ports."""
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):

@@ -615,7 +615,7 @@ def choose_device(settings: Any) -> str:
 
 
 def use_int8(network: Any) -> None:
-    """Let the linear layers of a network multiply integers."""
+    """Make the linear layers of a network compute in int8."""
     import torch
 
     layers: list[Any] = [layer for layer in network.modules() if type(layer) is torch.nn.Linear]
@@ -628,7 +628,7 @@ def use_int8(network: Any) -> None:
 
 
 def multiply_integers(weight: Any, scale: Any, bias: Any, inputs: Any) -> Any:
-    """Do what a linear layer does, with a scale for each output and for each token.
+    """Compute a linear layer in int8, with a scale for each output and for each token.
 
     With one scale for all tokens, an answer would depend on the other texts of its batch.
     """

@@ -75,7 +75,7 @@ def test_a_faster_precision_knows_the_pairs_too(project, precision):
 
 
 def test_importing_the_app_loads_nothing_large():
-    """`serve run` and check_serve_config.py import it too, and have no use for a model."""
+    """`serve run` and check_serve_config.py import the app too, and do not run the model."""
     script = "import sys, template_ray_serve; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", script],

@@ -6,12 +6,12 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 
-import httpx
 from helpers.loopback import alone, build_options
 from helpers.repository import ROOT, template_files
 from helpers.shell import clean, run
+
+from tools import demo
 
 NOT_RUN = {  # pattern: why
     "pip install *": "the packages are installed before the tests, which need no network",
@@ -80,21 +80,9 @@ def start_server(command, folder, stack, environment):
         )
         stack.callback(server.wait, 60)
         stack.callback(server.send_signal, signal.SIGTERM)
-        if comes_up(server, "http://127.0.0.1:8000/translate/health"):
+        if demo.comes_up(server):
             return
-        # Ray gives a node 30 s to start, however slow the machine is.
-        assert "timed out during startup" in log.read_text() and tries_left, log.read_text()
-
-
-def comes_up(server, url, seconds=900):
-    """Wait until a server answers at `url`; False if it ends before."""
-    end = time.monotonic() + seconds
-    while server.poll() is None and time.monotonic() < end:
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(url, timeout=5).status_code == 200:
-                return True
-        time.sleep(0.5)
-    return False
+        assert demo.TOO_SLOW in log.read_text() and tries_left, log.read_text()
 
 
 def copy(folder):

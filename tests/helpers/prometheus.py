@@ -94,7 +94,7 @@ def firing(folder, series, minutes):
                 "input_series": [
                     {"series": name, "values": values} for name, values in series.items()
                 ],
-                # Expect no alerts, so that promtool reports every one that fires.
+                # As no alert is expected, promtool reports every alert that fires.
                 "alert_rule_test": [
                     {"eval_time": f"{minute}m", "alertname": name, "exp_alerts": []}
                     for minute in minutes

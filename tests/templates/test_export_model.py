@@ -38,7 +38,9 @@ def trained(tmp_path_factory):
     seed = '    seed = Parameter("seed"'
     mine = '    my_own = Parameter("my-own", type=float, default=2.5)\n'
     flow = folder / FLOW.name
-    flow.write_text(FLOW.read_text("utf-8").replace(seed, mine + seed), "utf-8")
+    text = FLOW.read_text("utf-8")
+    assert text.count(seed) == 1
+    flow.write_text(text.replace(seed, mine + seed), "utf-8")
     code, output = run(folder, "--epochs", "8", flow=flow)
     assert code == 0, output
     return folder

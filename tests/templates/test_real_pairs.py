@@ -14,6 +14,6 @@ def test_message_catalogues_of_other_projects(tmp_path):
     found = artifacts(tmp_path, "evaluate")
     assert len(found["examples"]) > 5000
     assert 400 < len(found["held_out"]) < 600  # a tenth; equal texts stay on one side
-    assert found["scores"]["chrf"] > found["scores"]["baseline_chrf"] + 1
+    assert found["scores"]["chrf"] > found["scores"]["baseline_chrf"] + 2
     texts = "".join(source + target for source, target in found["examples"])
     assert all(odd in texts for odd in ("%s", "%(", "<", "\u00a0", "é", "{"))
