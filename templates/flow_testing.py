@@ -209,6 +209,13 @@ def with_toy(text):
     return before + BEGIN + TOY + END + after
 
 
+def write_toy(folder):
+    """Write the flow with the toy task into a folder; return its path."""
+    path = folder / FLOW.name
+    path.write_text(with_toy(FLOW.read_text("utf-8")), "utf-8")
+    return path
+
+
 def toy_steps(output):
     """Return the numbers of the training steps, in the order in which they ran."""
     numbers = re.findall(r"toy step (\d+)", output)

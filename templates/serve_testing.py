@@ -36,7 +36,7 @@ ROUTE = "/toy"  # of the toy
 
 # Start Ray in a separate folder, on free ports; then run the command line `serve`.
 START = """
-import json, sys, ray
+import json, psutil, sys, ray
 from ray import serve
 from ray.serve.scripts import cli
 ray_options = json.loads(sys.argv.pop(1))
@@ -48,6 +48,10 @@ for tries_left in (4, 3, 2, 1, 0):
     except Exception as error:  # Ray gives a node 30 s to start, however slow the machine is
         if "timed out during startup" not in str(error) or not tries_left:
             raise
+        begun = psutil.Process().children(recursive=True)
+        for process in begun:
+            process.kill()
+        psutil.wait_procs(begun)
         ray.shutdown()
 serve.start(http_options=http_options)
 cli()
@@ -95,6 +99,7 @@ class Server:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": "a" * 32,
             "OMP_WAIT_POLICY": "passive",  # other tests need the CPUs too
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # 5 s are too few on a slow machine
         }
         self.environment |= environment
         ray_options = {
@@ -270,6 +275,18 @@ class Model:
     def same(self, answer, known):
         return answer == known
 '''
+
+
+def assert_linear(cut, filler):
+    """Fail if cutting 8 times the text takes much more than 8 times as long."""
+
+    def seconds(text):
+        begin = time.process_time()
+        assert "".join(cut(text)) == text
+        return time.process_time() - begin
+
+    once = seconds("a" + filler + "b")
+    assert seconds("a" + 8 * filler + "b") < 24 * max(once, 0.01)  # quadratic time: 64 times
 
 
 def parts_of(app):

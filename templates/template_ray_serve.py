@@ -156,6 +156,8 @@ UNSPACED = ("ja", "zh")  # no space between sentences
 # Invisible, and unknown to models: soft hyphen, word joiner, byte order mark, direction marks.
 INVISIBLE = re.compile("[\u00ad\u061c\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
 NO_WORDS = re.compile("[0-9]\ufe0f?\u20e3|[\u115f\u1160\u3164\uffa0]")  # keycaps; blanks of Hangul
+# Up to the last space in 16,000 characters: the time of sentencex grows with the square.
+PARTS = re.compile(r".{1,16000}(?!\S)|.{1,16000}", re.DOTALL)
 
 
 class ModelRequest(BaseModel):
@@ -428,7 +430,7 @@ class Model:
 
     def pieces(self, text: str) -> Iterator[str]:
         """Yield sentences, or parts of long ones: joined, they are the text again."""
-        for line in text.splitlines(keepends=True):
+        for line in lines_of(text):
             # sentencex 1.0.32 fails at some white space, such as the no-break one in "A\u00a0.".
             plain = "".join(" " if character.isspace() else character for character in line)
             plain = plain.replace("។", "।")  # nor does it know the full stop of Khmer
@@ -528,6 +530,11 @@ def texts_of(request: ModelRequest) -> list[str]:
     """Return the texts of a request, also if it has only one, without invisible characters."""
     texts = [request.text] if isinstance(request.text, str) else request.text
     return [INVISIBLE.sub("", text) for text in texts]
+
+
+def lines_of(text: str) -> list[str]:
+    """Return the lines of a text, in parts if they are very long."""
+    return [part for line in text.splitlines(keepends=True) for part in PARTS.findall(line)]
 
 
 def has_words(text: str) -> bool:

@@ -29,7 +29,7 @@ from flow_testing import (
     python,
     run,
     toy_steps,
-    with_toy,
+    write_toy,
 )
 
 # isort: split
@@ -70,9 +70,7 @@ def assert_finishes(code, output, steps):
 @pytest.fixture(scope="module")
 def toy_flow(tmp_path_factory):
     """The path of the flow with the toy task."""
-    path = tmp_path_factory.mktemp("toy") / FLOW.name
-    path.write_text(with_toy(FLOW.read_text("utf-8")), "utf-8")
-    return path
+    return write_toy(tmp_path_factory.mktemp("toy"))
 
 
 @pytest.fixture(scope="module")

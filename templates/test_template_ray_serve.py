@@ -11,14 +11,13 @@ import random
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import template_ray_serve as app
 import torch
 from ray.serve.scripts import convert_args_to_dict
-from serve_testing import Server
+from serve_testing import Server, assert_linear
 from tiny_translator import (
     MAX_NEW_TOKENS,
     MAX_TOKENS,
@@ -178,10 +177,7 @@ def test_long_sentences_are_cut_at_spaces_to_fit(model):
 
 @pytest.mark.parametrize("filler", [" ", "\n", "\u2028", ".", ". ", "。", "a ", "é", "«", "Mr. "])
 def test_cutting_hostile_text_is_quick(model, filler):
-    text = "a" + filler * 60_000 + "b"
-    begin = time.monotonic()
-    assert "".join(model.pieces(text)) == text
-    assert time.monotonic() - begin < 5  # quadratic time would take minutes
+    assert_linear(model.pieces, filler * (10_000 // len(filler)))
 
 
 @pytest.mark.parametrize("text", ["", "   ", "\n\t", "\u00a0\u200b", "\ufeff"])

@@ -26,6 +26,7 @@ import urllib.request
 import boto3
 import psutil
 import pytest
+from flow_testing import with_toy
 from helpers.flows import epochs
 from helpers.images import described, saved
 from helpers.leaks import find
@@ -51,9 +52,12 @@ EVALUATE = """    # Larger models: raise memory and disk, both in MB.
 docker_test = pytest.mark.xdist_group("docker, flow")
 
 
-def edited(folder, changes):
-    """Copy the flow into `folder`, replace some of its text as a user would; return its path."""
-    text = (TEMPLATES / "template_flow.py").read_text("utf-8")
+def edited(folder, changes, task=str):
+    """Copy the flow into `folder`, replace some of its text as a user would; return its path.
+
+    `task` may put another task in the place of the translator.
+    """
+    text = task((TEMPLATES / "template_flow.py").read_text("utf-8"))
     for old, new in changes.items():
         assert text.count(old) == 1, old
         text = text.replace(old, new)
@@ -552,12 +556,11 @@ def test_run_on_kubernetes(cloud, image, tmp_path):
             EVALUATE: f'{EVALUATE}, secrets=["wandb"]',
             "        model = unpack(": f"        {SHOW_KEY}\n        model = unpack(",
         },
+        task=with_toy,
     )
     with jobs.api(cloud.cluster) as (address, started):
         environment = profile(tmp_path, STAND_IN_CLUSTER=address, **cloud.settings)
-        code, output, said = metaflow(
-            flow, "--no-pylint", "run", "--epochs", "4", seconds=400, **environment
-        )
+        code, output, said = metaflow(flow, "--no-pylint", "run", seconds=400, **environment)
     assert code == 0 and "Done!" in output + said, output[-3000:] + said[-3000:]
     assert (
         KEY_SHOWN in output + said and CANARY not in output + said
@@ -582,10 +585,8 @@ def test_run_on_kubernetes(cloud, image, tmp_path):
     successful, artifacts, cards, _ = read(
         re.search(r"run-id (\d+)", output + said)[1], tmp_path, environment
     )
-    assert successful and artifacts["evaluate"]["scores"]["chrf"] > 50
-    assert (
-        "model.safetensors" in artifacts["train"]["model"] and cards["train"] and cards["evaluate"]
-    )
+    assert successful and "toy.json" in artifacts["train"]["model"]
+    assert cards["train"] and cards["evaluate"]
     assert find(CANARY, *cloud.contents()) == 0
 
 

@@ -79,6 +79,7 @@ def clean(folder):
         "LANG": "C.UTF-8",
         "TMPDIR": tempfile.gettempdir(),
         "RAY_ADDRESS": "local",
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # docs/serve.md, for slow machines
         "OMP_NUM_THREADS": "1",
         "PYTHONFAULTHANDLER": "1",
     }

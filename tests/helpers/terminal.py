@@ -47,4 +47,5 @@ def read_until(text, terminal, seconds=900):
         if not part:
             break
         shown += part
+    assert text is None or text.encode() in shown, shown.decode()
     return shown.decode().replace("\r\n", "\n")

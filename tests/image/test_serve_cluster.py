@@ -20,14 +20,15 @@ NEW_IMAGE = "template_rayserve_image:next"
 NEW_PAIRS = {**PAIRS, "Hello world!": "Salut le monde !"}
 
 
-@pytest.fixture
-def config(tmp_path):
+def config(folder, replicas):
+    """Write a config for so many replicas; return its path."""
     content = yaml.safe_load((TEMPLATES / "serve_config.yaml").read_text())
     content["applications"][0]["deployments"][0]["autoscaling_config"].update(
-        {"min_replicas": 2, "max_replicas": 2}
+        {"min_replicas": replicas, "max_replicas": replicas}
     )
-    (tmp_path / "new.yaml").write_text(yaml.safe_dump(content))
-    return tmp_path / "new.yaml"
+    path = folder / f"{replicas}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
 
 
 @pytest.fixture
@@ -45,8 +46,8 @@ def ports(cluster):
     return list(cluster.workers)
 
 
-def test_loss_of_a_worker_then_a_new_version_and_back(image, new_image, config):  # noqa: F811
-    clusters = [ContainerCluster(image, config, workers=2)]
+def test_loss_of_a_worker_then_a_new_version_and_back(image, new_image, tmp_path):  # noqa: F811
+    clusters = [ContainerCluster(image, config(tmp_path, replicas=2), workers=2)]
     try:
         first = clusters[0].deploy()
         healthz = "import urllib.request as u; print(u.urlopen('http://worker0:52365/api/local_raylet_healthz').read())"
@@ -77,7 +78,8 @@ def test_loss_of_a_worker_then_a_new_version_and_back(image, new_image, config):
         for version, expected in ((new_image, NEW_PAIRS), (image, PAIRS)):  # forward, and back
             old = clusters[-1]
             with Load(*load.ports, pause=0.05) as load:
-                clusters.append(ContainerCluster(version, config, workers=2))
+                one = config(tmp_path, replicas=1)
+                clusters.append(ContainerCluster(version, one, workers=1))
                 clusters[-1].deploy()
                 at = time.monotonic()
                 load.ports = ports(clusters[-1])

@@ -41,7 +41,7 @@ def test_a_killed_process_costs_no_more_than_the_page_says(folder):
 @pytest.mark.slow
 def test_with_too_many_requests_it_goes_on_answering(folder):
     ((_, _, _, requests, _, _, refused, lost, wrong),) = arrivals.arrivals(
-        folder, ["load of 150 %"], 15
+        folder, ["load of 150 %"], 8
     )
     print(f"{requests} requests, {refused} of them refused")
     assert (lost, wrong) == (0, 0)

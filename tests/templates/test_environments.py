@@ -48,7 +48,7 @@ def test_flow_copied_alone_runs_without_any_settings(tmp_path):
     folder = git_repository(tmp_path / "home", "template_flow.py")
     # Root becomes a user who may write only there.
     before = shell.give_to_nobody(folder) if os.geteuid() == 0 else ()
-    command = [*before, sys.executable, "template_flow.py", "run", "--offline", "True"]
+    command = [*before, sys.executable, "template_flow.py", *QUICK]
     code, output = run(command, folder, USER="somebody")
     assert code == 0 and "Pylint is happy" in output and "Done!" in output, output
     assert "Traceback" not in output and "rror" not in output, output
@@ -88,7 +88,7 @@ COPIED = {
         "requirements.outerbounds.txt",
     ),
     "serve": (
-        "test_template_ray_serve.py",
+        "test_template_ray_serve.py -k 'documented or known'",
         "template_ray_serve.py",
         "test_template_ray_serve.py",
         "serve_testing.py",

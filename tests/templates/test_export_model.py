@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from flow_testing import FLOW, artifacts, clean_environment, run, with_toy
+from flow_testing import FLOW, artifacts, clean_environment, run, write_toy
 
 EXPORT = FLOW.with_name("export_model.py")
 
@@ -107,8 +107,8 @@ def test_the_readme_tells_where_the_model_comes_from(folder):
 
 def test_a_missing_artifact_is_one_line(tmp_path):
     line = "        self.known_answers = known_answers(examples, outputs)\n"
-    flow = tmp_path / FLOW.name
-    text = with_toy(FLOW.read_text("utf-8"))
+    flow = write_toy(tmp_path)
+    text = flow.read_text("utf-8")
     assert text.count(line) == 1
     flow.write_text(text.replace(line, ""), "utf-8")
     code, output = run(tmp_path, flow=flow)
@@ -196,10 +196,8 @@ def test_where_nothing_has_run(tmp_path):
 
 def test_a_failed_run_is_passed_over(folder):
     good = run_id(folder)
-    toy = folder / "toy" / FLOW.name
-    toy.parent.mkdir()
-    toy.write_text(with_toy(FLOW.read_text("utf-8")), "utf-8")
-    code, output = run(folder, "--minimum", "100", flow=toy)
+    (folder / "toy").mkdir()
+    code, output = run(folder, "--minimum", "100", flow=write_toy(folder / "toy"))
     assert code != 0, output
     code, output = export(folder)
     assert code == 0 and str(good) in output

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from flow_testing import FLOW, cards, clean_environment
+from flow_testing import FLOW, cards, clean_environment, write_toy
 from helpers.tracking import tracked
 from helpers.wandb_server import StandIn
 
@@ -103,7 +103,7 @@ def both(tmp_path_factory):
                 )
             )
             nothing = {"WANDB_API_KEY": None, "WANDB_PROJECT": None}
-            return tracked(folder, server, *options, flow=flow, **nothing)
+            return tracked(folder, server, *options, flow=write_toy(folder), **nothing)
 
     with ThreadPoolExecutor(2) as pool:
         yield dict(zip(("command", "env file"), pool.map(start, ("command", "env file"))))

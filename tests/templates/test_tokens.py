@@ -89,9 +89,7 @@ def test_the_body_of_a_refused_request_is_not_read(server):
     connection.putheader("Content-Type", "application/json")
     connection.putheader("Content-Length", "100000")
     connection.endheaders(b'{"text": ')  # and nothing more
-    begin = time.monotonic()
-    assert connection.getresponse().status == 401
-    assert time.monotonic() - begin < 9  # body_timeout_s is 10
+    assert connection.getresponse().status == 401  # 408 if it had waited for the rest
     connection.close()
 
 

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from flow_testing import FLOW, artifacts, cards, clean_environment
+from flow_testing import FLOW, artifacts, cards, clean_environment, write_toy
 from helpers.shell import give_to_nobody
 from helpers.tracking import KEY, Done, tracked
 from helpers.wandb_server import StandIn
@@ -43,7 +43,12 @@ def nobody(folder, server):
     locked = folder / "locked"
     locked.mkdir(mode=0o555)
     return tracked(
-        folder, server, *SHORT, before=before, WANDB_DIR=str(locked), TMPDIR=str(temporary)
+        folder,
+        server,
+        before=before,
+        flow=write_toy(folder),
+        WANDB_DIR=str(locked),
+        TMPDIR=str(temporary),
     )
 
 
@@ -101,7 +106,7 @@ def good(tmp_path_factory):
             server,
             "--offline",
             "False",
-            *SHORT,
+            flow=write_toy(folder),
             WANDB_MODE="disabled",
             WANDB_API_KEY=None,
             WANDB_PROJECT=None,
@@ -246,13 +251,19 @@ MID_RUN = ("dies", "freezes")
 
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory):
-    def case(url):
-        return lambda folder, server: tracked(folder, server, "--offline", "False", *SHORT, url=url)
+    def case(name, url):
+        def start(folder, server):
+            options = ["--offline", "False"]
+            if name in MID_RUN:  # it needs a training that lasts
+                return tracked(folder, server, *options, *SHORT, url=url)
+            return tracked(folder, server, *options, flow=write_toy(folder), url=url)
 
-    with together(
-        tmp_path_factory,
-        {name.replace(" ", "_"): (mode, case(url)) for name, (mode, url) in FAILURES.items()},
-    ) as runs:
+        return start
+
+    cases = {
+        name.replace(" ", "_"): (mode, case(name, url)) for name, (mode, url) in FAILURES.items()
+    }
+    with together(tmp_path_factory, cases) as runs:
         yield runs
 
 
@@ -265,7 +276,8 @@ def waits(output, step):
         for word in ("wandb: [wandb.login()]", "W&B mode", "Upload what W&B", "Task finished")
     )
     worked = max(
-        (i for i, (_, text) in enumerate(lines) if "'train_runtime'" in text), default=mode
+        (i for i, (_, text) in enumerate(lines) if re.match("toy step|.*'train_runtime'", text)),
+        default=mode,
     )
     return [
         round(times[b] - times[a], 1) for a, b in ((loaded, mode), (worked, sent), (sent, over))
@@ -293,7 +305,7 @@ def test_trouble_with_wandb_is_bounded_and_costs_no_result(failure, good, bad, r
     assert all(reasons.get(failure, "TemplateFlow-") in line for line in lines), lines
     if failure in MID_RUN:
         assert run.output.count("wandb: WARNING Timed out finishing run") == 1
-    assert artifacts(run.folder, "evaluate")["scores"]["chrf"] > 50
+    assert artifacts(run.folder, "evaluate")["scores"]["chrf"] > (50 if failure in MID_RUN else 0)
     assert "held-out scores:" in run.output
 
 
@@ -324,7 +336,8 @@ def test_what_was_kept_can_be_sent_later(failure, bad):
             )
             assert done.returncode == 0, done.stdout
         train, evaluate = by_step(server)
-    sent = [row["train/loss"] for row in train["history"] if "train/loss" in row]
+    name = "train/loss" if failure in MID_RUN else "loss"  # as the toy calls it
+    sent = [row[name] for row in train["history"] if name in row]
     assert sent == pytest.approx([row["loss"] for row in losses]) and train["project"] == "project"
     assert evaluate["summary"]["chrf"] == pytest.approx(
         artifacts(run.folder, "evaluate")["scores"]["chrf"]
