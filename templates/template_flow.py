@@ -48,7 +48,8 @@ from metaflow.metaflow_config import DEFAULT_DATASTORE, DEFAULT_ENVIRONMENT
 
 # isort: split
 # YOUR CODE: imports
-# Only of the standard library: on a cluster, `start` runs without your packages. Others: see below.
+# Only the standard library: on a cluster, `start` runs without your packages. Import them inside
+# the functions that use them.
 import importlib
 import importlib.util
 import itertools
@@ -95,7 +96,7 @@ LIMITS = {  # the least and the most that a parameter may be
 
 # -- 2. The flow -----------------------------------------------------------------------------------
 
-SCHEDULED = "argo-workflows" in sys.argv or "ARGO_WORKFLOW_NAME" in os.environ  # deploying, or run
+SCHEDULED = "argo-workflows" in sys.argv or "ARGO_WORKFLOW_NAME" in os.environ  # or deployed
 REQUIREMENTS = Path(__file__).with_name("requirements.outerbounds.txt")
 
 
@@ -207,9 +208,10 @@ class TemplateFlow(FlowSpec, Settings):
 # -- 3. Your work ----------------------------------------------------------------------------------
 # YOUR CODE: begin
 #
-# Replace what these functions do and keep their names; import packages inside of them. Nothing
-# here needs Metaflow: test it alone, or move it to a module and write `from my_work import *`.
-# `settings` has the parameters of section 1 as attributes: `settings.epochs`.
+# Replace what is here and keep the names UserError, read, key, new_model, fit, save, load, predict,
+# score and known_answers: the rest of the file uses only these. Nothing here needs Metaflow: test
+# it alone, or move it to a module and write `from my_work import *`. `settings` has the parameters
+# of section 1 as attributes: `settings.epochs`.
 
 TASK = "translation_en_to_fr"  # task and languages, as transformers names them
 PREFIX = "translate English to French: "  # how a T5 is told its task
@@ -528,6 +530,7 @@ def encode(model, texts, kind="text"):
         return tokenizer(**{kind: text}, verbose=False, **options)["input_ids"]
 
     end = max([prefix.rfind(mark) + len(mark) for mark in marks if mark in prefix], default=0)
+    # What the tokenizer puts around a text: found by one letter.
     letter = tokens_of("a")
     framed = tokens_of("a", add_special_tokens=True)
     start = framed.index(letter[0])
@@ -932,7 +935,7 @@ def start_wandb(options):
     os.environ["WANDB_MODE"] = "offline"
     with contextlib.suppress(Exception):
         run = init_wandb(options)
-        print("W&B cannot be reached, continuing offline:", reason)
+        print("W&B cannot be used, continuing offline:", reason)
         return run
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         del os.environ[name]

@@ -243,6 +243,7 @@ class Model:
         revision = settings.revision
         if not name:
             name, revision = HUB_MODEL, HUB_REVISION
+            logging.getLogger("ray.serve").info("there is no model/: serving %s of the hub", name)
         self.device = choose_device(settings)
         dtype = "bfloat16" if settings.precision == "bfloat16" else "float32"
         self.model = load_network(name, revision, dtype)

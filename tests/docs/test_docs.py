@@ -224,6 +224,7 @@ def test_pages_are_made_alike(page):
 # Messages of others, which no source here holds: who says it.
 FOREIGN = {
     "Unable to locate METAFLOW_PROFILE 'local'": "Metaflow",
+    "Step train not found for Run(...)": "Metaflow",
     "Unknown user": "Metaflow",
     "Timed out finishing run": "wandb",
     "... wasn't read/writable": "wandb",
@@ -236,6 +237,8 @@ FOREIGN = {
     "Invalid HTTP request received.": "uvicorn",
     "Bind for 127.0.0.1:8000 failed: port is already allocated": "Docker",
     "The node with node id: ... has been marked dead": "Ray",
+    "Failed to bind to address '127.0.0.1:8000'": "Ray",
+    "No module named 'template_ray_serve'": "Python",
     "The current node timed out during startup": "Ray",
     "Proxy actor readiness check for proxy on ... didn't complete in 5.0s": "Ray",
     "Version mismatch: The cluster was started with: ...": "Ray",

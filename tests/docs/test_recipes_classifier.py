@@ -1,50 +1,18 @@
 """The recipe for a text classifier in docs/your-own-model.md, from its data to its image."""
 
-import csv
-import random
-
 import pytest
 from helpers import recipes
 
 HEADING = "Classify texts"
-SUBJECTS = {
-    "billing": ["invoice", "refund", "payment", "price", "credit card"],
-    "delivery": ["parcel", "courier", "shipment", "address", "package"],
-    "login": ["password", "account", "sign-in page", "user name", "email code"],
-}
-BEGINNINGS = ["Please help, the", "Hello, my", "Why is the", "Where is my", "Since Monday the"]
-ENDS = [
-    "?",
-    " is wrong.",
-    " is late",
-    ' is "missing", thanks',
-    " again does not work.",
-    "\nis new.",
-]
+LABELS = {"billing", "delivery", "login"}
 ROUTE = "/classify"
-
-
-def write_texts(path, count=500):
-    """Write a CSV file of short texts about three subjects, always the same."""
-    rows = [
-        (f"{beginning} {thing}{end}", label)
-        for label, things in SUBJECTS.items()
-        for thing in things
-        for beginning in BEGINNINGS
-        for end in ENDS
-    ]
-    random.Random(0).shuffle(rows)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("text", "label"))
-        writer.writerows(rows[:count])
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The templates with the recipe, and data."""
     folder = recipes.apply(HEADING, tmp_path_factory.mktemp("classifier"))
-    write_texts(folder / "texts.csv")
+    recipes.write_data(HEADING, folder)
     return folder
 
 
@@ -85,13 +53,13 @@ def test_commands_of_the_page(followed):
     found = recipes.artifacts(followed, "evaluate")
     assert found["scores"]["baseline_accuracy"] < 0.5 < found["scores"]["accuracy"]
     known = recipes.known_answers(followed)
-    assert {case["answer"]["label"] for case in known} == set(SUBJECTS)
+    assert {case["answer"]["label"] for case in known} == LABELS
 
 
 @pytest.mark.slow
 def test_gate(tmp_path):
     folder = recipes.apply(HEADING, tmp_path)  # the others need the run of the page as the newest
-    write_texts(folder / "texts.csv")
+    recipes.write_data(HEADING, folder)
     recipes.fails_in_one_line(folder, "--epochs 1 --minimum 0.99", "not good enough: ")
 
 
@@ -99,7 +67,7 @@ def test_gate(tmp_path):
 def test_a_killed_training_resumes_and_ends_with_the_same_model(followed, tmp_path):
     unbroken = recipes.artifacts(followed, "train")
     recipes.apply(HEADING, tmp_path)
-    write_texts(tmp_path / "texts.csv")
+    recipes.write_data(HEADING, tmp_path)
     recipes.kill_in_train(tmp_path, "", saved=4)
     saved = recipes.checkpoints(tmp_path)
     code, output = recipes.run(tmp_path, f"{recipes.FLOW} resume")

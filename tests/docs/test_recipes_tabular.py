@@ -1,13 +1,11 @@
 """The recipe for tabular data in docs/your-own-model.md; nothing here may import torch."""
 
-import csv
 import json
 import subprocess
 import sys
 
 import pytest
 from helpers import recipes
-from sklearn.datasets import load_breast_cancer
 
 HEADING = "Classify rows of numbers with scikit-learn"
 NOT_INSTALLED = ["torch", "transformers", "tokenizers", "accelerate", "sacrebleu", "sentencex"]
@@ -29,21 +27,11 @@ assert len(first[1]) == 300 and first == second
 """
 
 
-def write_table(path):
-    """Write the data set that comes with scikit-learn: 30 features of tumours, 1 is benign."""
-    data = load_breast_cancer()
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*data.feature_names, "label"])
-        for features, label in zip(data.data.tolist(), data.target.tolist()):
-            writer.writerow([*features, label])
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The templates with the recipe, and data."""
     folder = recipes.apply(HEADING, tmp_path_factory.mktemp("tabular"))
-    write_table(folder / "table.csv")
+    recipes.write_data(HEADING, folder)
     return folder
 
 
@@ -135,7 +123,7 @@ def test_a_killed_training_resumes_and_ends_with_the_same_trees(environment, tmp
         folder = tmp_path / name
         folder.mkdir()
         recipes.apply(HEADING, folder)
-        write_table(folder / "table.csv")
+        recipes.write_data(HEADING, folder)
         if rounds:
             code, output = recipes.run(folder, f"{recipes.FLOW} run {TREES}", **environment)
             assert code == 0 and recipes.checkpoints(folder) == rounds, output

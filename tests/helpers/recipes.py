@@ -20,7 +20,7 @@ import time
 
 import flow_testing
 from helpers.images import Container, build
-from helpers.pages import commands_in, shows
+from helpers.pages import blocks_in, commands_in, shows
 from helpers.remote import pods
 from helpers.repository import ROOT, template_files
 from helpers.shell import WITHOUT_NETWORK, can_cut_network, clean, execute
@@ -140,6 +140,12 @@ def apply(heading, folder):
     for command in (["init", "--quiet"], ["add", "."], ["apply", name]):
         subprocess.run(["git", *command], cwd=folder, env=clean(folder), check=True)
     return folder
+
+
+def write_data(heading, folder):
+    """Run the script of a part of the page that writes the data."""
+    (script,) = blocks_in(part_of_page(heading), "python")
+    subprocess.run([sys.executable, "-c", script], cwd=folder, check=True, timeout=400)
 
 
 WITHOUT = """

@@ -25,7 +25,7 @@ KEY = "k3" * 43
 OFFLINE = {"WANDB_MODE": "offline"}
 NOBODY = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": KEY}
 REFUSED = "W&B refuses its settings, continuing offline without them: "
-UNREACHABLE = "W&B cannot be reached, continuing offline: "
+UNREACHABLE = "W&B cannot be used, continuing offline: "
 SETTINGS = {
     "slash": ({**OFFLINE, "WANDB_PROJECT": "my-team/translator"}, REFUSED),
     "slash online": ({**NOBODY, "WANDB_PROJECT": "my-team/translator"}, REFUSED),

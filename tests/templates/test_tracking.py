@@ -297,7 +297,7 @@ def test_trouble_with_wandb_is_bounded_and_costs_no_result(failure, good, bad, r
         record_property(f"{failure} {step}", seconds)
         usual = sum(waits(good["online"].output, step))  # on this machine, at this time
         assert sum(seconds) < 60 + 3 * usual, (step, seconds, usual)
-    lines = re.findall(r"W&B cannot be reached, continuing offline: (.*)", run.output)
+    lines = re.findall(r"W&B cannot be used, continuing offline: (.*)", run.output)
     assert len(lines) == (
         1 if failure in MID_RUN else 2
     )  # in the middle of a run the client itself says it
