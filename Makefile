@@ -66,6 +66,7 @@ bench: setup $(PEERS) ## compare the server with its peers, an hour; make bench 
 	@export PYTHONPATH=templates:tests
 	$(BIN)/python bench/bench.py $(BENCH)
 	$(BIN)/python bench/scale.py
+	$(BIN)/python bench/engines.py
 	! docker version > /dev/null 2>&1 || $(BIN)/python bench/replicas.py
 
 faults: setup ## cause failures under load and count what is lost, three hours; make faults FAULTS="--times 3 --seconds 60"

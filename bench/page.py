@@ -22,6 +22,14 @@ LABELS = {  # the names of bench.py, in the order of the page
     "ray-docs": "Ray Serve's tutorial",
     "ctranslate2": "CTranslate2 (int8) behind FastAPI",
 }
+ENGINES = {  # the names of bench/engines.py, in the order of the page
+    "float32": "torch, float32",
+    "template int8": "torch, int8 as in this template",
+    "torchao": "torchao, int8",
+    "onnxruntime": "ONNX Runtime, int8",
+    "openvino": "OpenVINO, int8",
+    "ctranslate2": "CTranslate2, int8",
+}
 DRAWN = ("template", "litserve", "bentoml", "fastapi", "ray-docs")  # all in float32
 LISTS = 4  # of 900 texts, beside single ones
 BESIDE_LISTS = f"{LISTS} lists"
@@ -150,6 +158,19 @@ def projection(results, proxy_ms):
     )
 
 
+def engines(results):
+    """Return the table of bench/engines.py."""
+    measured = results.content.get("engines")
+    if not measured:
+        return "Not measured in this run."
+    rows = []
+    for name, found in measured["found"].items():
+        rates = [f"{rate:.1f}" for rate in found["rates"].values()]
+        rows.append([ENGINES[name], *rates, found["chrf"], found["other"], found["batch"]])
+    heads = ["engine", *(f"texts/s, batch of {size}" for size in (1, 8, 32))]
+    return table([*heads, "chrF", "other answers", "differ by batch"], rows)
+
+
 def how(results):
     content = results.content
     rounds = f"the median of {content['rounds']} rounds of {content['seconds']:g} s"
@@ -163,6 +184,7 @@ TABLES = {  # {name in page.md: what makes it}
     "peers": against_peers,
     "waits": waits,
     "growth": growth,
+    "engines": engines,
 }
 
 
