@@ -96,7 +96,8 @@ LIMITS = {  # the least and the most that a parameter may be
 
 # -- 2. The flow -----------------------------------------------------------------------------------
 
-SCHEDULED = "argo-workflows" in sys.argv or "ARGO_WORKFLOW_NAME" in os.environ  # or deployed
+# While the flow is deployed to Argo Workflows, and while it runs there.
+SCHEDULED = "argo-workflows" in sys.argv or "ARGO_WORKFLOW_NAME" in os.environ
 REQUIREMENTS = Path(__file__).with_name("requirements.outerbounds.txt")
 
 
