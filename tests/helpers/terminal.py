@@ -6,9 +6,16 @@ import os
 import pty
 import select
 import shlex
+import signal
 import subprocess
 import termios
 import time
+
+
+def make_it_the_terminal():
+    """In a new process: its input is its terminal, and closing that ends it."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` before the tests has it ignored
 
 
 @contextlib.contextmanager
@@ -23,7 +30,7 @@ def at_terminal(command, folder, environment):
         stdout=its,
         stderr=its,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=make_it_the_terminal,
     )
     os.close(its)
     try:

@@ -315,7 +315,7 @@ def test_deploying_waits_and_a_bad_update_leaves_the_old_version_serving(folder,
         assert done.returncode == 1 and "no usable model '/nowhere'" in done.stderr, done.stderr
         assert len(done.stderr.splitlines()) == 1 and serves()
         # More CPUs than there are.
-        seconds = f"{20 + 3 * usual:.0f}"
+        seconds = f"{20 + usual:.0f}"
         done = deploy(f"{DEPLOYMENT}.ray_actor_options.num_cpus", 99, "--timeout", seconds)
         assert done.returncode == 1 and f"not running after {seconds} s" in done.stderr, done.stderr
         assert '"CPU": 99' in done.stderr and "available" in done.stderr, done.stderr
