@@ -16,7 +16,9 @@ LONG = (
     "test_recipes_classifier.py",
     "test_tracking.py",
     "test_recipes_tabular.py",
+    "test_real_pairs.py",
     "test_flow_mechanics.py",
+    "test_resume.py",
     "test_template_flow.py",
     "test_environments.py",
 )
