@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import date
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -236,7 +237,7 @@ def main():
         }
         print(engine, rows[engine], flush=True)
     content = json.loads(page.RESULTS.read_text("utf-8"))
-    content["engines"] = {"texts": len(right), "found": rows}
+    content["engines"] = {"date": str(date.today()), "found": rows}
     page.RESULTS.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
     page.main()
 

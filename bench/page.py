@@ -168,7 +168,8 @@ def engines(results):
         rates = [f"{rate:.1f}" for rate in found["rates"].values()]
         rows.append([ENGINES[name], *rates, found["chrf"], found["other"], found["batch"]])
     heads = ["engine", *(f"texts/s, batch of {size}" for size in (1, 8, 32))]
-    return table([*heads, "chrF", "other answers", "differ by batch"], rows)
+    heads += ["chrF", "other answers", "differ by batch"]
+    return f"{table(heads, rows)}\n\nMeasured on {measured['date']}."
 
 
 def how(results):
