@@ -44,10 +44,12 @@ def deploy(server, config):
     done = subprocess.run(
         [
             sys.executable,
-            TEMPLATES / "check_serve_config.py",
+            "check_serve_config.py",
             config,
             "--deploy",
             f"http://127.0.0.1:{server.dashboard}",
+            "--timeout",
+            "300",
         ],
         cwd=server.folder,
         env=server.environment,

@@ -13,7 +13,8 @@ from tiny_translator import PAIRS, make_model
 def make_app(folder, replicas=2, **more):
     """Write the server's files and a model that knows the pairs; return the path of the config."""
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(TEMPLATES / "template_ray_serve.py", folder)
+    for name in ("template_ray_serve.py", "check_serve_config.py"):
+        shutil.copy(TEMPLATES / name, folder)
     if not (folder / "model").exists():
         make_model(folder / "model", PAIRS)
     config = yaml.safe_load((TEMPLATES / "serve_config.yaml").read_text())

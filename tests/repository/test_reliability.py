@@ -23,6 +23,7 @@ def test_a_killed_process_costs_no_more_than_the_page_says(folder):
         "replica killed",
         "proxy killed",
         "controller killed",
+        "broken model deployed",
         "slow disk",
     ]  # the others have tests of their own
     rows = {

@@ -289,7 +289,8 @@ def test_deploying_waits_and_a_bad_update_leaves_the_old_version_serving(folder,
         (folder / "new.yaml").write_text(
             yaml.safe_dump(changed(config, path, value) if path else config)
         )
-        return run(folder, "new.yaml", "--deploy", f"http://127.0.0.1:{server.dashboard}", *more)
+        address = f"http://127.0.0.1:{server.dashboard}"
+        return run(folder, "new.yaml", "--deploy", address, "--timeout", "300", *more)
 
     with Server(
         folder, "run", "serve_config.yaml", cpus=2, dashboard=True, SERVE_SLOW_STARTUP_WARNING_S="5"

@@ -93,13 +93,14 @@ def run_python(server, *command):
         env={**os.environ, **server.environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=2 * PATIENCE,
     )
 
 
 def run(server, *arguments):
     address = f"http://127.0.0.1:{server.dashboard}"
-    return run_python(server, "check_serve_config.py", CONFIG, "--deploy", address, *arguments)
+    options = ("--deploy", address, "--timeout", str(PATIENCE), *arguments)
+    return run_python(server, "check_serve_config.py", CONFIG, *options)
 
 
 def deploy(server):
