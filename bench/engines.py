@@ -1,10 +1,10 @@
-"""Engines that compute in int8, in one process, without a server: how fast, and how right.
+"""Compare engines that compute in int8, in one process, without a server: speed and quality.
 
     python engines.py                                          all, in an environment of their own
     python engines.py ENGINE FOLDER TEXTS.json SECONDS THREADS   one, here
 
-The speed is that of the model of bench.py. What int8 changes is measured with a translator that the
-flow trains on the message catalogues of two packages, by texts that it has not seen.
+Speed is measured with the model of bench.py, quality on held-out texts with a translator that the
+flow trains on the message catalogues of two packages.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from datetime import date
 from pathlib import Path
 
 HERE = Path(__file__).parent
-ENGINES = {  # name, as in page.py: virtual environment
+ENGINES = {  # name, as in page.py: its virtual environment
     "float32": None,
     "template int8": None,
     "torchao": "torchao",
@@ -31,27 +31,27 @@ SIZES = (1, 8, 32)
 PREFIX = "translate English to French: "
 
 
-# -- The engines: each takes tokenised texts and returns tokens ------------------------------------
+# -- The engines -----------------------------------------------------------------------------------
 
 
-def load_torch(folder):
+def load_torch(folder, threads):
     import transformers
 
     return transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype="float32").eval()
 
 
-def load_template(folder):
+def load_template(folder, threads):
     from template_ray_serve import use_int8
 
-    model = load_torch(folder)
+    model = load_torch(folder, threads)
     use_int8(model)
     return model
 
 
-def load_torchao(folder):
+def load_torchao(folder, threads):
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-    model = load_torch(folder)
+    model = load_torch(folder, threads)
     quantize_(model, Int8DynamicActivationInt8WeightConfig())
     return model
 
@@ -81,6 +81,15 @@ def load_openvino(folder, threads):
     return OVModelForSeq2SeqLM.from_pretrained(
         folder, export=True, load_in_8bit=True, ov_config=settings
     )
+
+
+LOAD = {  # those that have `generate`
+    "float32": load_torch,
+    "template int8": load_template,
+    "torchao": load_torchao,
+    "onnxruntime": load_onnxruntime,
+    "openvino": load_openvino,
+}
 
 
 def by_generate(model, tokenizer):
@@ -131,14 +140,7 @@ def load(engine, folder, threads):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     if engine == "ctranslate2":
         return by_ctranslate2(folder, tokenizer, threads)
-    if engine in ("onnxruntime", "openvino"):
-        model = {"onnxruntime": load_onnxruntime, "openvino": load_openvino}[engine](
-            folder, threads
-        )
-    else:
-        loads = {"template int8": load_template, "torchao": load_torchao}
-        model = loads.get(engine, load_torch)(folder)
-    return by_generate(model, tokenizer)
+    return by_generate(LOAD[engine](folder, threads), tokenizer)
 
 
 # -- One engine ------------------------------------------------------------------------------------
@@ -156,7 +158,7 @@ def speed(translate, texts, size, seconds):
 
 
 def run(engine, folder, file, seconds, threads):
-    """Print {"rates": {size: texts/s}, "alone": translations, "together": translations}."""
+    """Write {"rates": {size: texts/s}, "alone": translations, "together": translations}."""
     import torch
 
     torch.set_num_threads(int(threads))
@@ -236,10 +238,7 @@ def main():
             "batch": sum(map(str.__ne__, of["together"], of["alone"])),
         }
         print(engine, rows[engine], flush=True)
-    content = json.loads(page.RESULTS.read_text("utf-8"))
-    content["engines"] = {"date": str(date.today()), "found": rows}
-    page.RESULTS.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    page.main()
+    page.add("engines", {"date": str(date.today()), "found": rows})
 
 
 if __name__ == "__main__":

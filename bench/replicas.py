@@ -93,10 +93,7 @@ def main():
         pods.remove(LABEL)
         pods.docker("image", "rm", IMAGE)
         shutil.rmtree(folder, ignore_errors=True)
-    content = json.loads(page.RESULTS.read_text("utf-8"))
-    content["replicas"] = {"cpus": CPUS, "results": found}
-    page.RESULTS.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    page.main()
+    page.add("replicas", {"cpus": CPUS, "results": found})
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ class Server:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": "a" * 32,
             "OMP_WAIT_POLICY": "passive",  # other tests need the CPUs too
-            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # 5 s are too few on a slow machine
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # 5 s is too short on a slow machine
         }
         self.environment |= environment
         ray_options = {

@@ -96,7 +96,7 @@ LIMITS = {  # the least and the most that a parameter may be
 
 # -- 2. The flow -----------------------------------------------------------------------------------
 
-# While the flow is deployed to Argo Workflows, and while it runs there.
+# True when the flow is deployed to Argo Workflows, and when it runs there.
 SCHEDULED = "argo-workflows" in sys.argv or "ARGO_WORKFLOW_NAME" in os.environ
 REQUIREMENTS = Path(__file__).with_name("requirements.outerbounds.txt")
 
@@ -531,7 +531,7 @@ def encode(model, texts, kind="text"):
         return tokenizer(**{kind: text}, verbose=False, **options)["input_ids"]
 
     end = max([prefix.rfind(mark) + len(mark) for mark in marks if mark in prefix], default=0)
-    # What the tokenizer puts around a text: found by one letter.
+    # Encode one letter to find out what the tokenizer adds around a text.
     letter = tokens_of("a")
     framed = tokens_of("a", add_special_tokens=True)
     start = framed.index(letter[0])

@@ -156,7 +156,7 @@ UNSPACED = ("ja", "zh")  # no space between sentences
 # Invisible, and unknown to models: soft hyphen, word joiner, byte order mark, direction marks.
 INVISIBLE = re.compile("[\u00ad\u061c\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
 NO_WORDS = re.compile("[0-9]\ufe0f?\u20e3|[\u115f\u1160\u3164\uffa0]")  # keycaps; blanks of Hangul
-# Up to the last space in 16,000 characters: the time of sentencex grows with the square.
+# sentencex takes quadratic time: cut very long lines, at a space if there is one.
 PARTS = re.compile(r".{1,16000}(?!\S)|.{1,16000}", re.DOTALL)
 
 
@@ -243,7 +243,7 @@ class Model:
         revision = settings.revision
         if not name:
             name, revision = HUB_MODEL, HUB_REVISION
-            logging.getLogger("ray.serve").info("there is no model/: serving %s of the hub", name)
+            logging.getLogger("ray.serve").info("no model/ folder: serving %s from the hub", name)
         self.device = choose_device(settings)
         dtype = "bfloat16" if settings.precision == "bfloat16" else "float32"
         self.model = load_network(name, revision, dtype)
@@ -533,9 +533,10 @@ def texts_of(request: ModelRequest) -> list[str]:
     return [INVISIBLE.sub("", text) for text in texts]
 
 
-def lines_of(text: str) -> list[str]:
-    """Return the lines of a text, in parts if they are very long."""
-    return [part for line in text.splitlines(keepends=True) for part in PARTS.findall(line)]
+def lines_of(text: str) -> Iterator[str]:
+    """Yield the lines of a text, in parts if they are very long."""
+    for line in text.splitlines(keepends=True):
+        yield from PARTS.findall(line)
 
 
 def has_words(text: str) -> bool:

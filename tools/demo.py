@@ -99,7 +99,7 @@ def environment(folder: Path) -> dict[str, str]:
         "METAFLOW_HOME": str(folder),
         "METAFLOW_USER": "demo",  # Metaflow refuses root
         "RAY_ADDRESS": "local",
-        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # Ray's 5 s are too few on a slow machine
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # too short by default for a slow machine
         "RAY_TMPDIR": str(folder),
         # As fast for a model this small, and not slowed down by other programs.
         "OMP_NUM_THREADS": "1",

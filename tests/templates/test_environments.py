@@ -88,7 +88,7 @@ COPIED = {
         "requirements.outerbounds.txt",
     ),
     "serve": (
-        "test_template_ray_serve.py -k 'documented or known'",
+        "test_template_ray_serve.py",
         "template_ray_serve.py",
         "test_template_ray_serve.py",
         "serve_testing.py",

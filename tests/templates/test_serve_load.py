@@ -263,7 +263,7 @@ def test_an_update_under_load_loses_no_request(server):
 def test_a_timeout_answers_504_and_what_waited_never_reaches_the_model(server):
     deploy(server, timeout_s=4)
     status, answer, seconds = timed(server, body={"text": "wait 6"})
-    assert status == 504 and "4 seconds" in answer["error"]["message"] and seconds > 3.5
+    assert status == 504 and "4 seconds" in answer["error"]["message"] and 3.5 < seconds < 6
     assert server.ask(body={"text": "Good morning"}) == (
         200,
         {"translation": "Bonjour"},

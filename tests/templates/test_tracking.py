@@ -256,7 +256,8 @@ def bad(tmp_path_factory):
             options = ["--offline", "False"]
             if name in MID_RUN:  # it needs a training that lasts
                 return tracked(folder, server, *options, *SHORT, url=url)
-            return tracked(folder, server, *options, flow=write_toy(folder), url=url)
+            toy = write_toy(folder)
+            return tracked(folder, server, *options, flow=toy, url=url, TOY_SCORE="99")
 
         return start
 
@@ -305,7 +306,7 @@ def test_trouble_with_wandb_is_bounded_and_costs_no_result(failure, good, bad, r
     assert all(reasons.get(failure, "TemplateFlow-") in line for line in lines), lines
     if failure in MID_RUN:
         assert run.output.count("wandb: WARNING Timed out finishing run") == 1
-    assert artifacts(run.folder, "evaluate")["scores"]["chrf"] > (50 if failure in MID_RUN else 0)
+    assert artifacts(run.folder, "evaluate")["scores"]["chrf"] > 50
     assert "held-out scores:" in run.output
 
 
